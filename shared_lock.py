@@ -29,8 +29,9 @@ import argparse
 import base64
 import bisect
 import collections
+import contextlib
+import datetime
 import email.utils
-import errno
 import functools
 import heapq
 import http
@@ -53,12 +54,14 @@ import struct
 import sys
 import threading
 import time
+import traceback
+import types
 import urllib.parse
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
-from typing import Any, Generic, NamedTuple, NoReturn, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar, cast
 
 KEY_PREFIX = "/shared-lock/"  # before every key of ours in etcd
 DEFAULT_TTL_SECONDS = 10  # of a POST /lease without x-lease-ttl
@@ -149,7 +152,8 @@ _NUMBER = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)"
 _DURATION = re.compile(rf"([+-]?)((?:{_NUMBER}(?:ns|us|µs|μs|ms|s|m|h))+|{_NUMBER})")
 _DURATION_PART = re.compile(rf"({_NUMBER})([^0-9.]*)")
 _UNIT_SECONDS = {"ns": Fraction(1, 10**9), "us": Fraction(1, 10**6), "µs": Fraction(1, 10**6),
-                 "μs": Fraction(1, 10**6), "ms": Fraction(1, 1000), "s": 1, "m": 60, "h": 3600, "": 1}  # fmt: skip
+                 "μs": Fraction(1, 10**6), "ms": Fraction(1, 1000), "s": Fraction(1),
+                 "m": Fraction(60), "h": Fraction(3600), "": Fraction(1)}  # fmt: skip
 
 
 @functools.lru_cache(maxsize=256)
@@ -597,6 +601,8 @@ class Connection(socketserver.BaseRequestHandler):
     def setup(self) -> None:
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.wire = Wire(self.request)
+        self.client = ":".join(map(str, self.client_address[:2]))
+        self.doing = "nothing"
         self.server.opened(self)
 
     def finish(self) -> None:
@@ -606,8 +612,14 @@ class Connection(socketserver.BaseRequestHandler):
         try:
             while self._serve_one():
                 pass
-        except (EOFError, TimeoutError, ConnectionError) as fault:  # the caller has gone, or idled too long
-            event(logging.DEBUG, "connection closed", reason=fault)
+        except (EOFError, OSError) as fault:  # the caller has gone, or idled too long
+            event(logging.DEBUG, "connection closed", client=self.client, reason=fault)
+
+    def close_if_idle(self) -> None:
+        """Ends the wait for a request; one that has come already is still read and answered."""
+        if self.idle:
+            with contextlib.suppress(OSError):  # closed meanwhile
+                self.request.shutdown(socket.SHUT_RD)
 
     def _serve_one(self) -> bool:
         """Answers the next request; False when the connection is to be closed."""
@@ -620,12 +632,15 @@ class Connection(socketserver.BaseRequestHandler):
         except TimeoutError:
             limit = self.server.config.server_read_timeout
             return self._refuse(408, f"the request was not complete after {limit:g}s")
+        self.doing = f"{request.head.method} {request.head.path}"
         started = time.monotonic()
         response = self.server.api.answer(request)
         keep_alive = request.head.keep_alive and not (self.server.draining and not self.wire.rest)
         if log.isEnabledFor(logging.DEBUG):
             head, millis = request.head, (time.monotonic() - started) * 1000
-            event(logging.DEBUG, "request", method=head.method, path=head.path, status=response.status, ms=f"{millis:.1f}")
+            event(
+                logging.DEBUG, "request", method=head.method, path=head.path, status=response.status, ms=f"{millis:.1f}"
+            )
         try:
             self._send(render(response, request.head, keep_alive))
         except OSError:
@@ -714,9 +729,15 @@ class Api:
             return error(fault.status, str(fault))
         except StorageError as fault:
             return error(500, f"storage failed: {fault}")
+        except HungUp:
+            raise
         except Exception as fault:  # a defect of ours; the caller deserves an answer all the same
             event(logging.ERROR, "internal error", path=head.path, error=repr(fault), at=_where(fault))
             return error(500, "internal error: see the log of shared-lock")
+
+    def dismiss_waiting(self) -> None:
+        """Whoever waits for a lock is answered now: the daemon stops."""
+        self._service.dismiss_waiting()
 
     def acquire(self, request: Request) -> Response:
         """POST /lease"""
@@ -794,12 +815,16 @@ def _parsed(headers: Mapping[str, str], name: str, parse: Callable[[str], _Parse
         raise BadRequest(f"{name}: {fault}") from fault
 
 
+# An integer too long for int64 becomes a float, as in JavaScript; Python would refuse 4,300 digits as no JSON at all.
+_JSON = json.JSONDecoder(parse_int=lambda digits: int(digits) if len(digits) <= 20 else float(digits))
+
+
 def _parse_json(body: bytes) -> Any:
-    """The JSON value of a body; integers that Python would not read (4,300 digits) become 0.5, which is none of ours."""
     try:
+        return _JSON.decode(body.decode())
     except (ValueError, RecursionError) as fault:
-        shown = quote(body[:200].decode("utf-8", "replace"))
-        raise BadRequest(f"body: not JSON: {shown}" if body.strip() else "body: empty, JSON expected") from fault
+        text = body.decode("utf-8", "replace").strip()
+        raise BadRequest(f"body: not JSON: {quote(text)}" if text else "body: empty, JSON expected") from fault
 
 
 def parse_lock(body: bytes) -> tuple[str, str]:
@@ -807,6 +832,7 @@ def parse_lock(body: bytes) -> tuple[str, str]:
     lock = _parse_json(body)
     if not isinstance(lock, dict):
         raise BadRequest(f"body: not a JSON object: {quote(json.dumps(lock))}")
+    lock = {name: given for name, given in lock.items() if given is not None}  # null is absent, as in Go
     for name in ("key", "value", "timestamp"):
         if not isinstance(lock.get(name, ""), str):
             raise BadRequest(f"{name}: not a string: {quote(json.dumps(lock[name]))}")
@@ -828,21 +854,20 @@ def _checked_text(name: str, text: str) -> str:
     return text
 
 
+_TIMESTAMP = re.compile(
+    r"([0-9]{4}-[0-9]{2}-[0-9]{2})T(?:[01][0-9]|2[0-3]):[0-5][0-9]:(?:[0-5][0-9]|60)(?:\.[0-9]+)?"
+    r"(?:Z|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])",
+    re.IGNORECASE,
+)
+
+
 def is_timestamp(text: str) -> bool:
-    """RFC 3339, 5.6: a date, a time with or without fractions of any length, and an offset."""
-    match = re.fullmatch(
-        r"([0-9]{4}-[0-9]{2}-[0-9]{2})[Tt ]([0-9]{2}:[0-9]{2}:)([0-9]{2})(?:\.[0-9]+)?"
-        r"(?:[Zz]|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])",
-        text,
-    )
-    if not match:
-        return False
-    second = "59" if match[3] == "60" else match[3]  # a leap second
+    """RFC 3339, 5.6."""
+    match = _TIMESTAMP.fullmatch(text)
     try:
-        time.strptime(f"{match[1]} {match[2]}{second}", "%Y-%m-%d %H:%M:%S")
-    except ValueError:
+        return bool(match and datetime.date.fromisoformat(match[1]))
+    except ValueError:  # the 30th of February
         return False
-    return True
 
 
 def parse_lease(body: bytes) -> int:
@@ -867,23 +892,1355 @@ def parse_lease(body: bytes) -> int:
 
 
 class Storage(Protocol):
-    """What both storages promise. Keys and values are text without our prefix; every method may raise StorageError."""
+    """What both storages promise. Keys and values are without our prefix. Every method may raise StorageError."""
 
-    def acquire(self, key: str, value: str, ttl: int, ready: Callable[[], bool]) -> Grant | Holder:
-        """Takes the key, or tells who has it. `ready` is asked when the key is found free, before anything is
-        written; where it says no, the answer is NOBODY."""
+    def acquire(self, key: str, value: str, ttl: int) -> Grant | Holder:
+        """Takes the key, or tells who has it. Raises OutcomeUnknown where the lock may have been taken."""
 
     def look(self, key: str) -> Holder | None:
         """Who holds the key, with its value; None where it is free."""
 
     def describe(self, lease: int) -> LeaseInfo | None:
-        """What is known of a lease; None where it is gone. Keys of ours are told without the prefix, others as None."""
+        """What is known of a lease; None where it is gone."""
 
     def renew(self, lease: int) -> int:
-        """Starts the lease's ttl again, which is returned; 0 where the lease is known to be gone."""
+        """Starts the lease's ttl again and returns it; 0 where the lease is known to be gone."""
 
     def revoke(self, lease: int) -> None:
-        """Ends the lease, and with it its keys; not an error where it is gone already."""
+        """Ends the lease, and with it its keys; one that is gone already is no error."""
 
     def check(self) -> None:
-        """Reads, so that an answer means that the storage can serve. Raises StorageError."""
+        """Returns if the storage can serve."""
+
+
+class HungUp(EOFError):
+    """The caller closed its connection while it waited."""
+
+
+class LockService:
+    """Locks over a storage: acquire, renew, release, look. Its methods may be called from any thread."""
+
+    def __init__(self, storage: Storage, metrics: Metrics, cache: Cache | None = None) -> None:
+        self._storage = storage
+        self._metrics = metrics
+        self._cache = cache
+        self._line = Line()
+        self._check_mutex = threading.Lock()  # owns the two below, and is held while the storage is checked
+        self._checked_at = -math.inf
+        self._check_fault: StorageError | None = None
+
+    def acquire(
+        self, key: str, value: str, ttl: int, wait: float = 0, hung_up: Callable[[], bool] = lambda: False
+    ) -> Grant | Holder:
+        """Takes the lock for ttl seconds, or tells who holds it, after waiting for it up to `wait` seconds.
+
+        Raises StorageError (not acquired), OutcomeUnknown, or HungUp.
+        """
+        if wait:
+            return self._acquire_in_line(key, value, ttl, time.monotonic() + wait, hung_up)
+        if self._cache and (holder := self._cache.holder(key)):
+            self._metrics.count_lease("get", "accepted")
+            return holder
+        return self._try_to_acquire(key, value, ttl)
+
+    def _acquire_in_line(
+        self, key: str, value: str, ttl: int, deadline: float, hung_up: Callable[[], bool]
+    ) -> Grant | Holder:
+        with self._line.place(key) as place:
+            while True:
+                outcome = self._try_to_acquire(key, value, ttl)
+                if isinstance(outcome, Grant) and hung_up():
+                    self.take_back(outcome.lease)
+                    raise HungUp("the caller hung up")
+                if isinstance(outcome, Grant) or time.monotonic() >= deadline:
+                    return outcome
+                self._line.await_turn(place, deadline)
+                if self._line.dismissed:
+                    return outcome
+                if hung_up():
+                    raise HungUp("the caller hung up")
+
+    def _try_to_acquire(self, key: str, value: str, ttl: int) -> Grant | Holder:
+        seen = self._cache.releases if self._cache else 0
+        started = time.monotonic()
+        try:
+            outcome = self._storage.acquire(key, value, ttl)
+        except StorageError as fault:
+            self._metrics.count_lease("get", "error")
+            event(logging.WARNING, "acquire failed", key=key, error=fault)
+            raise
+        if isinstance(outcome, Grant):
+            self._metrics.count_grant(time.monotonic() - started)
+            event(logging.INFO, "granted", key=key, lease=outcome.lease, ttl=outcome.ttl, token=outcome.token)
+            if self._cache:
+                self._cache.remember(key, outcome.lease, started + outcome.ttl, seen)
+        else:
+            self._metrics.count_lease("get", "accepted")
+            event(logging.DEBUG, "refused", key=key, holder=outcome.lease)
+            if self._cache and outcome.lease:
+                self._learn(self._cache, key, outcome.lease, seen)
+        return outcome
+
+    def _learn(self, cache: Cache, key: str, lease: int, seen: int) -> None:
+        """Remembers somebody's lock for as long as its lease is sure to last: the holder's ttl, not the asker's."""
+        asked = time.monotonic()
+        try:
+            info = self._storage.describe(lease)
+        except StorageError:  # the refusal stands without it, and the next one asks again
+            return
+        if info:
+            cache.remember(key, lease, asked + info.left, seen)
+
+    def renew(self, lease: int) -> int:
+        """The seconds that the lease has again from now; 0 where etcd knows that it is gone. Raises StorageError."""
+        started = time.monotonic()
+        try:
+            ttl = self._storage.renew(lease)
+        except StorageError as fault:
+            self._metrics.count_lease("prolong", "error")
+            event(logging.WARNING, "keepalive failed", lease=lease, error=fault)
+            raise
+        if ttl:
+            self._metrics.count_lease("prolong", "success")
+        else:
+            self._metrics.count_lease("prolong", "failure")
+            event(logging.INFO, "lease is gone", lease=lease)
+        if self._cache:
+            self._cache.renewed(lease, started + ttl if ttl else 0)
+        return ttl
+
+    def release(self, lease: int) -> bool:
+        """Ends the lease and frees its key at once; False where there is nothing of ours. Raises StorageError."""
+        try:
+            info = self._storage.describe(lease)
+            ours = info is not None and all(key.startswith(KEY_PREFIX) for key in info.keys)
+            if ours:
+                self._storage.revoke(lease)
+        except StorageError as fault:
+            self._metrics.count_lease("release", "error")
+            event(logging.WARNING, "release failed", lease=lease, error=fault)
+            raise
+        if self._cache and (ours or info is None):
+            self._cache.released(lease)
+        if info is None or not ours:
+            self._metrics.count_lease("release", "failure")
+            return False
+        self._metrics.count_lease("release", "success")
+        event(logging.INFO, "released", lease=lease)
+        for key in info.keys:
+            self._line.call(key.removeprefix(KEY_PREFIX))
+        return True
+
+    def take_back(self, lease: int) -> None:
+        """Releases a lock whose caller has gone before it was told."""
+        event(logging.INFO, "caller has gone, lock taken back", lease=lease)
+        try:
+            self.release(lease)
+        except StorageError:  # logged by release; the lease ends with its ttl
+            pass
+
+    def look(self, key: str) -> tuple[Holder, LeaseInfo | None] | None:
+        """Who holds the key, and its lease (None: held without one); None where it is free. Raises StorageError."""
+        holder = self._storage.look(key)
+        if holder is None or not holder.lease:
+            return holder and (holder, None)
+        info = self._storage.describe(holder.lease)
+        return (holder, info) if info else None  # it ended between the two questions
+
+    def readiness(self) -> StorageError | None:
+        """What is wrong with the storage; asked at most once a second, however many ask."""
+        with self._check_mutex:
+            if time.monotonic() - self._checked_at > 1:
+                try:
+                    self._check_fault = None
+                    self._storage.check()
+                except StorageError as fault:
+                    self._check_fault = fault
+                self._checked_at = time.monotonic()
+            return self._check_fault
+
+    def dismiss_waiting(self) -> None:
+        """Whoever waits for a lock is answered now."""
+        self._line.dismiss()
+
+
+class Line:
+    """Callers that wait for a lock, per key in order of arrival.
+
+    Only the first in line asks the storage, so many waiters cost as much as one: every POLL_SECONDS, and at once
+    when the lock is released through this replica. Nobody holds a lease or writes while waiting.
+    """
+
+    def __init__(self) -> None:
+        self._mutex = threading.Lock()  # owns the lines; an event is set when its owner should look at once
+        self._lines: dict[str, collections.deque[threading.Event]] = {}
+        self.dismissed = False
+
+    @contextlib.contextmanager
+    def place(self, key: str) -> Iterator[tuple[str, threading.Event]]:
+        """A place in the line of this key, for the time of the with statement."""
+        mine = threading.Event()
+        with self._mutex:
+            self._lines.setdefault(key, collections.deque()).append(mine)
+        try:
+            yield key, mine
+        finally:
+            with self._mutex:
+                line = self._lines[key]
+                was_first = line[0] is mine
+                line.remove(mine)
+                if not line:
+                    del self._lines[key]
+                elif was_first:
+                    line[0].set()
+
+    def await_turn(self, place: tuple[str, threading.Event], deadline: float) -> None:
+        """Waits until it is worth asking the storage again, or the deadline."""
+        key, mine = place
+        with self._mutex:
+            first = self._lines[key][0] is mine
+            if self.dismissed:
+                return
+        left = max(0.0, deadline - time.monotonic())
+        mine.wait(min(left, POLL_SECONDS) if first else left)
+        mine.clear()
+
+    def call(self, key: str) -> None:
+        """The key was released: whoever is first in its line should look."""
+        with self._mutex:
+            if key in self._lines:
+                self._lines[key][0].set()
+
+    def dismiss(self) -> None:
+        """Nobody is to wait any longer."""
+        with self._mutex:
+            self.dismissed = True
+            for line in self._lines.values():
+                for waiting in line:
+                    waiting.set()
+
+
+# == Cache: keys that are known to be held ===========================================================================
+
+
+class _Entry:
+    """What is known of one key: who holds it, and until when at least (time.monotonic)."""
+
+    __slots__ = ("__weakref__", "ends", "lease")
+
+    def __init__(self, key: str) -> None:
+        self.lease = 0
+        self.ends = -math.inf
+
+
+class Cache:
+    """Answers "held" from memory. It can delay a grant and never cause one: only etcd grants.
+
+    An entry ends before its lease can: it counts from the moment the storage was *asked*. functools.lru_cache bounds
+    the entries; an index from lease to entry does not keep alive what the LRU dropped.
+    """
+
+    def __init__(self, size: int, metrics: Metrics, clock: Callable[[], float] = time.monotonic) -> None:
+        self._mutex = threading.Lock()  # owns all below: lru_cache alone gives two threads that miss two entries
+        self._entry = functools.lru_cache(maxsize=size)(_Entry)
+        self._by_lease: weakref.WeakValueDictionary[int, _Entry] = weakref.WeakValueDictionary()
+        self._metrics = metrics
+        self._clock = clock
+        self.releases = 0  # how many leases were released; what was read before the latest may be outdated
+
+    def holder(self, key: str) -> Holder | None:
+        """Who is known to hold the key."""
+        with self._mutex:
+            entry = self._entry(key)
+            lease = entry.lease if entry.ends > self._clock() else 0
+        self._metrics.count_cache("get", "success" if lease else "failure")
+        return Holder(lease, 0) if lease else None
+
+    def remember(self, key: str, lease: int, ends: float, seen: int) -> None:
+        """Lease holds key until `ends` at least, which was read when `releases` was `seen`."""
+        with self._mutex:
+            if seen != self.releases:
+                return
+            entry = self._entry(key)
+            entry.lease, entry.ends = lease, ends
+            self._by_lease[lease] = entry
+        self._metrics.count_cache("set", "success")
+
+    def renewed(self, lease: int, ends: float) -> None:
+        """A keepalive was answered: the lease lasts until `ends`; 0 where it is gone."""
+        if not ends:
+            self.released(lease)
+            return
+        with self._mutex:
+            entry = self._by_lease.get(lease)
+            if entry and entry.lease == lease:
+                entry.ends = max(entry.ends, ends)
+
+    def released(self, lease: int) -> None:
+        """The lease is gone."""
+        with self._mutex:
+            self.releases += 1
+            entry = self._by_lease.pop(lease, None)
+            if entry and entry.lease == lease:
+                entry.ends = -math.inf
+        if entry:
+            self._metrics.count_cache("evict", "success")
+
+
+# == Combiner: one call for all that wait ============================================================================
+#
+# A call to etcd costs 100 µs of CPU on each side, whatever it carries. While one is in flight, later callers queue;
+# whoever comes back hands over to the first of them, which makes the next call for all that wait by then, inline in
+# its own thread. There is no dispatcher thread, and a lone caller pays nothing.
+
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
+
+
+class _Place(Generic[Item]):
+    """A caller in the queue. Its `turn` is released once: when its answer is there, or when it is to make the call."""
+
+    __slots__ = ("answer", "item", "turn")
+
+    def __init__(self, item: Item) -> None:
+        self.item = item
+        self.answer: Any = _PENDING
+        self.turn = threading.Lock()
+        self.turn.acquire()
+
+
+_PENDING = object()
+
+
+class Combiner(Generic[Item, Answer]):
+    """Makes calls that carry the items of several callers.
+
+    `call(items, deadline)` returns an answer an item, in order; an answer that is an exception is raised to that
+    caller. An item is only ever part of a call that starts after the item came, so a read is never older than its
+    asking. `share(item)` is the part of one call that an item takes up: a call carries at most 1.
+    """
+
+    def __init__(
+        self, call: Callable[[list[Item], float], Sequence[Answer | StorageError]], share: Callable[[Item], float]
+    ) -> None:
+        self._call = call
+        self._share = share
+        self._mutex = threading.Lock()  # owns the queue and the flag
+        self._queue: collections.deque[_Place[Item]] = collections.deque()
+        self._in_flight = False
+
+    def ask(self, item: Item, deadline: float) -> Answer:
+        """The answer to this item, by `deadline` (time.monotonic). Raises StorageError."""
+        mine = _Place(item)
+        with self._mutex:
+            self._queue.append(mine)
+            leads, self._in_flight = not self._in_flight, True
+        if not leads:
+            self._await_turn(mine, deadline)
+        if mine.answer is _PENDING:
+            self._lead(deadline)
+        if isinstance(mine.answer, StorageError):
+            # A copy, since an exception that several threads raise collects the tracebacks of all.
+            raise type(mine.answer)(*mine.answer.args) from mine.answer
+        answer: Answer = mine.answer
+        return answer
+
+    def _await_turn(self, mine: _Place[Item], deadline: float) -> None:
+        if mine.turn.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            return
+        with self._mutex:
+            if mine.turn.acquire(blocking=False):  # it came in this very moment
+                return
+            if mine in self._queue:
+                self._queue.remove(mine)
+                raise Unavailable("timed out behind others that wait for etcd")
+        raise OutcomeUnknown("timed out while etcd was asked")
+
+    def _lead(self, deadline: float) -> None:
+        """Makes one call, for the caller at the head of the queue and all that fit in with it."""
+        with self._mutex:
+            batch = self._take()
+        answers: Sequence[Answer | StorageError] = [OutcomeUnknown("the call that it shared broke off")] * len(batch)
+        try:
+            answers = self._answers([place.item for place in batch], deadline)
+        finally:  # whatever happened, nobody is left waiting
+            with self._mutex:
+                self._in_flight = bool(self._queue)
+                if self._queue:
+                    self._queue[0].turn.release()
+            for place, answer in zip(batch, answers, strict=True):
+                place.answer = answer
+                place.turn.release()
+
+    def _take(self) -> list[_Place[Item]]:
+        batch = [self._queue.popleft()]
+        room = 1 - self._share(batch[0].item)
+        while self._queue and (room := room - self._share(self._queue[0].item)) >= 0:
+            batch.append(self._queue.popleft())
+        return batch
+
+    def _answers(self, items: list[Item], deadline: float) -> Sequence[Answer | StorageError]:
+        try:
+            return self._call(items, deadline)
+        except Refused as fault:
+            if len(items) == 1:
+                return [fault]
+            # etcd refused the whole for the sake of one, whose lease has run out or whose key is too large.
+            return [answer for item in items for answer in self._answers([item], deadline)]
+        except StorageError as fault:
+            return [fault] * len(items)
+
+
+# == Storage in memory: the specification ============================================================================
+
+
+@dataclass
+class _Lock:
+    key: str
+    value: bytes
+    token: int
+    ttl: int
+    ends: float
+
+
+class MemoryStorage:
+    """A table of locks with a clock: what a storage promises, with nothing in the way. Lost with the process."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._mutex = threading.Lock()  # owns all below
+        self._locks: dict[int, _Lock] = {}  # by lease
+        self._leases: dict[str, int] = {}  # by key
+        self._expiries: list[tuple[float, int]] = []  # a heap: no lease ends before the time that stands here
+        self._revision = 0
+
+    def acquire(self, key: str, value: str, ttl: int) -> Grant | Holder:
+        with self._mutex:
+            self._expire()
+            if held_by := self._leases.get(key):
+                return Holder(held_by, self._locks[held_by].token)
+            lease = new_lease_id()
+            self._revision += 1
+            ends = self._clock() + ttl
+            self._locks[lease] = _Lock(key, value.encode(), self._revision, ttl, ends)
+            self._leases[key] = lease
+            heapq.heappush(self._expiries, (ends, lease))
+            return Grant(lease, ttl, self._revision)
+
+    def look(self, key: str) -> Holder | None:
+        with self._mutex:
+            self._expire()
+            lease = self._leases.get(key)
+            return Holder(lease, self._locks[lease].token, self._locks[lease].value) if lease else None
+
+    def describe(self, lease: int) -> LeaseInfo | None:
+        with self._mutex:
+            self._expire()
+            lock = self._locks.get(lease)
+            if lock is None:
+                return None
+            return LeaseInfo(int(lock.ends - self._clock()), lock.ttl, (KEY_PREFIX + lock.key,))
+
+    def renew(self, lease: int) -> int:
+        with self._mutex:
+            self._expire()
+            if not (lock := self._locks.get(lease)):
+                return 0
+            lock.ends = self._clock() + lock.ttl
+            return lock.ttl
+
+    def revoke(self, lease: int) -> None:
+        with self._mutex:
+            if lock := self._locks.pop(lease, None):
+                del self._leases[lock.key]
+
+    def check(self) -> None:
+        pass
+
+    def _expire(self) -> None:
+        """Forgets what has ended. The caller holds the mutex. A renewed lease is put back at its new time."""
+        now = self._clock()
+        while self._expiries and self._expiries[0][0] <= now:
+            _, lease = heapq.heappop(self._expiries)
+            lock = self._locks.get(lease)
+            if lock and lock.ends > now:
+                heapq.heappush(self._expiries, (lock.ends, lease))
+            elif lock:
+                del self._locks[lease], self._leases[lock.key]
+
+
+def new_lease_id() -> int:
+    """A random positive int64. Our own choice rather than etcd's, so that a grant can be repeated without harm."""
+    return secrets.randbits(63) or 1
+
+
+# == Storage in etcd: the same promises over a network that fails ====================================================
+
+Argument = TypeVar("Argument")
+
+
+class EtcdStorage:
+    """Locks in etcd. Every operation is safe to repeat, and is repeated until it is answered or its budget is spent."""
+
+    def __init__(self, gateway: Gateway, timeout: float) -> None:
+        self._gateway = gateway
+        self._timeout = timeout  # seconds for one operation, all tries together
+        self._holders = Combiner(gateway.holders, lambda key: _part_of_call(len(key)))
+        self._claims = Combiner(gateway.claim, lambda claim: _part_of_call(len(claim.key) + len(claim.value)))
+        self._renewals = Combiner(gateway.keep_alive, lambda lease: 1 / MOST_KEEPALIVES)
+
+    def acquire(self, key: str, value: str, ttl: int) -> Grant | Holder:
+        """A read, so that a refusal writes nothing; then a lease of our own, and one transaction that puts the key
+        with it if nobody else has."""
+        deadline = self._deadline()
+        if holder := self._read(self._holders.ask, key, deadline):
+            return holder
+        lease = new_lease_id()
+        try:
+            granted = self._insist(self._gateway.grant, (lease, ttl), deadline)
+        except OutcomeUnknown as fault:  # at worst there is a lease without a key
+            self._end_lease(lease, ttl, deadline)
+            raise Unavailable(str(fault)) from fault
+        try:
+            holder = self._insist(self._claims.ask, Claim(key, value, lease), deadline)
+        except StorageError as fault:
+            if self._end_lease(
+                lease, granted, deadline
+            ):  # and without its lease there is no lock: the outcome is known
+                raise Unavailable(str(fault)) from fault
+            raise
+        if holder.lease == lease:
+            return Grant(lease, granted, holder.token)
+        self._end_lease(lease, granted, deadline)
+        return holder
+
+    def look(self, key: str) -> Holder | None:
+        return self._read(self._gateway.look, key, self._deadline())
+
+    def describe(self, lease: int) -> LeaseInfo | None:
+        return self._read(self._gateway.time_to_live, lease, self._deadline())
+
+    def renew(self, lease: int) -> int:
+        return self._insist(self._renewals.ask, lease, self._deadline())
+
+    def revoke(self, lease: int) -> None:
+        self._insist(self._gateway.revoke, lease, self._deadline())
+
+    def check(self) -> None:
+        self._read(self._holders.ask, "", self._deadline())  # on our own prefix: the empty key, which nobody can lock
+
+    def _deadline(self) -> float:
+        return time.monotonic() + self._timeout
+
+    def _read(self, ask: Callable[[Argument, float], Answer], argument: Argument, deadline: float) -> Answer:
+        """As _insist, for questions that change nothing, so that their outcome is never unknown."""
+        try:
+            return self._insist(ask, argument, deadline)
+        except OutcomeUnknown as fault:
+            raise Unavailable(str(fault)) from fault
+
+    def _insist(self, ask: Callable[[Argument, float], Answer], argument: Argument, deadline: float) -> Answer:
+        """Asks until there is an answer or the budget is spent; the gateway picks the member and keeps the pace.
+
+        Once a try may have been applied, only an answer of etcd can clear that up: no later refusal does.
+        """
+        unknown: OutcomeUnknown | None = None
+        while True:
+            try:
+                return ask(argument, deadline)
+            except Refused as fault:
+                raise unknown or fault from fault
+            except StorageError as fault:
+                if isinstance(fault, OutcomeUnknown):
+                    unknown = fault
+                if time.monotonic() >= deadline:
+                    raise unknown or fault from fault
+
+    def _end_lease(self, lease: int, ttl: int, deadline: float) -> bool:
+        """Leaves nothing behind of an acquire that came to nothing: True if the lease is gone.
+
+        Where that cannot be had now it is tried in the background, until the lease has ended by itself.
+        """
+        try:
+            self._insist(self._gateway.revoke, lease, deadline)
+            return True
+        except StorageError:
+            ends = time.monotonic() + ttl
+            threading.Thread(target=self._end_lease_later, args=(lease, ends), daemon=True).start()
+            return False
+
+    def _end_lease_later(self, lease: int, ends: float) -> None:
+        while time.monotonic() < ends:
+            try:
+                return self.revoke(lease)
+            except StorageError:  # logged by the gateway, per member and not per try
+                time.sleep(1)
+
+
+# == Gateway: etcd's JSON gateway, in our words ======================================================================
+#
+# Base64 and int64-as-text stop here. Zero, false and empty fields are absent in etcd's answers, and a field that it
+# does not know is ignored, so a typo in a compare would compare something else.
+
+
+class Claim(NamedTuple):
+    """What an acquire asks for: the key, with the value, on a lease that was granted before."""
+
+    key: str
+    value: str
+    lease: int
+
+
+MOST_OPERATIONS = 64  # in one transaction; etcd allows 128, nested ones counted in
+MOST_BATCH_BYTES = 256 << 10  # of keys and values in one call; base64 adds a third, and etcd's limit is 1.5 MiB
+MOST_KEEPALIVES = 16  # lines in one POST: see Gateway.keep_alive
+
+
+def _part_of_call(size: int) -> float:
+    """What part of one transaction an operation with so many characters takes up; at worst 4 bytes each."""
+    return max(1 / MOST_OPERATIONS, size * 4 / MOST_BATCH_BYTES)
+
+
+class Gateway:
+    """Calls of etcd's API. Each raises StorageError by `deadline` (time.monotonic) if it has no answer by then."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client  # an etcd3gw.Etcd3Client over an EtcdSession
+
+    def holders(self, keys: list[str], deadline: float) -> list[Holder | None]:
+        """Who holds each of the keys, without the values; a linearizable read."""
+        distinct = list(dict.fromkeys(keys))
+        reads = [{"request_range": {"key": _key64(key), "keys_only": True}} for key in distinct]
+        answer = self._post("/kv/txn", {"success": reads}, deadline)
+        found = [_holder(response["response_range"]) for response in answer["responses"]]
+        by_key = dict(zip(distinct, found, strict=True))
+        return [by_key[key] for key in keys]
+
+    def look(self, key: str, deadline: float) -> Holder | None:
+        """Who holds the key, with its value."""
+        return _holder(self._post("/kv/range", {"key": _key64(key)}, deadline))
+
+    def grant(self, wish: tuple[int, int], deadline: float) -> int:
+        """Makes a lease with this (ID, ttl); the ttl that was granted, in seconds. It may be repeated."""
+        lease, ttl = wish
+        try:
+            return int(self._post("/lease/grant", {"ID": lease, "TTL": ttl}, deadline)["TTL"])
+        except Refused as fault:
+            if "lease already exists" not in str(fault):
+                raise
+        # An earlier try was applied: the ID is random and ours. Its answer is lost, so the ttl is asked for.
+        info = self.time_to_live(lease, deadline)
+        if info is None:
+            raise Refused("the lease ended before it was used")
+        return info.granted
+
+    def claim(self, claims: list[Claim], deadline: float) -> list[Holder]:
+        """Puts each key that nobody holds, and tells who holds it then. It may be repeated: whoever finds its own
+        lease there has the key. Of two claims of one key the second is told what the first finds; etcd would refuse
+        a transaction that puts a key twice."""
+        distinct = {claim.key: claim for claim in reversed(claims)}
+        txns = [_claim_txn(claim) for claim in distinct.values()]
+        answer = self._post("/kv/txn", {"success": [{"request_txn": txn} for txn in txns]}, deadline)
+        token = int(answer["header"]["revision"])
+        holders = {}
+        for claim, response in zip(distinct.values(), answer["responses"], strict=True):
+            txn = response["response_txn"]
+            if txn.get("succeeded"):
+                holders[claim.key] = Holder(claim.lease, token)
+            elif holder := _holder(txn["responses"][0]["response_range"]):
+                holders[claim.key] = holder
+        return [holders[claim.key] for claim in claims]
+
+    def keep_alive(self, leases: list[int], deadline: float) -> list[int | StorageError]:
+        """The ttl that each lease has again, 0 where it is gone. Answers are matched by ID: some may be missing."""
+        answers = self._post("/lease/keepalive", [{"ID": lease} for lease in dict.fromkeys(leases)], deadline)
+        results = [answer["result"] for answer in answers if "result" in answer]
+        ttls = {int(result.get("ID", 0)): max(0, int(result.get("TTL", 0))) for result in results}
+        return [ttls.get(lease, Unavailable("etcd cut its answer short")) for lease in leases]
+
+    def time_to_live(self, lease: int, deadline: float) -> LeaseInfo | None:
+        answer = self._post("/lease/timetolive", {"ID": lease, "keys": True}, deadline)
+        left = int(answer.get("TTL", 0))
+        keys = (base64.b64decode(key).decode("utf-8", "replace") for key in answer.get("keys", ()))
+        return LeaseInfo(left, int(answer.get("grantedTTL", 0)), tuple(keys)) if left >= 0 else None
+
+    def revoke(self, lease: int, deadline: float) -> None:
+        """Ends the lease; one that is gone already is as good. It defuses a claim that is still under way, too."""
+        try:
+            self._post("/lease/revoke", {"ID": lease}, deadline)
+        except Refused as fault:
+            if fault.code != GRPC_NOT_FOUND:
+                raise
+
+    def _post(self, path: str, payload: Any, deadline: float) -> Any:
+        return self._client.post(self._client.get_url(path), json=payload, deadline=deadline)
+
+
+def _key64(key: str) -> str:
+    return base64.b64encode((KEY_PREFIX + key).encode()).decode()
+
+
+def _claim_txn(claim: Claim) -> dict[str, Any]:
+    """If the key does not exist, put it with the lease; else read who has it."""
+    key = _key64(claim.key)
+    value = base64.b64encode(claim.value.encode()).decode()
+    return {
+        "compare": [{"key": key, "target": "CREATE", "result": "EQUAL", "create_revision": 0}],
+        "success": [{"request_put": {"key": key, "value": value, "lease": claim.lease}}],
+        "failure": [{"request_range": {"key": key, "keys_only": True}}],
+    }
+
+
+def _holder(response: dict[str, Any]) -> Holder | None:
+    """The holder in a RangeResponse for one key."""
+    if not (kvs := response.get("kvs")):
+        return None
+    kv = kvs[0]
+    return Holder(int(kv.get("lease", 0)), int(kv["create_revision"]), base64.b64decode(kv.get("value", "")))
+
+
+GRPC_NOT_FOUND = 5
+GRPC_UNAVAILABLE = 14
+# Codes that say that nothing was applied and that any member would say: invalid argument, not found, already exists,
+# permission denied, resource exhausted, failed precondition, out of range, unimplemented, unauthenticated.
+GRPC_REFUSALS = frozenset({3, 5, 6, 7, 8, 9, 11, 12, 16})
+
+
+def classify(status: int, text: str) -> StorageError:
+    """What an answer of etcd other than 200 means; by gRPC code, since HTTP codes differ between releases.
+
+    Shapes: {"error": M, "code": N}; 3.6 {"message": M, "code": N}; of a stream {"error": {"grpc_code": N, "message": M}}
+    or, 3.6, {"error": {"code": N, "message": M}}; and plain text.
+    """
+    try:
+        answer = json.loads(text)
+        detail = answer["error"] if isinstance(answer.get("error"), dict) else answer
+        code = int(detail.get("grpc_code", detail.get("code")))
+        message = str(detail.get("message") or detail.get("error"))
+    except (ValueError, TypeError, AttributeError):
+        return _classify_plain(status, " ".join(text.split()))
+    if code in GRPC_REFUSALS:
+        return Refused(message, code)
+    if code == GRPC_UNAVAILABLE and "no leader" in message:
+        return Unavailable(message)  # by our header hasleader: said before anything was done
+    return OutcomeUnknown(message)  # timed out, leader changed, not a primary lessor, and whatever else comes
+
+
+def _classify_plain(status: int, text: str) -> StorageError:
+    shown = f"HTTP {status}: {quote(text)}"
+    if "CommonName" in text:
+        return Unavailable(f"{shown}: with etcd's auth enabled, the client certificate must have no CommonName")
+    if status == 404:
+        return Unavailable(f"{shown}: is the gateway on (--enable-grpc-gateway), and is this etcd?")
+    return Unavailable(shown) if 400 <= status < 500 else OutcomeUnknown(shown)
+
+
+# == Members: which one to ask, over which connection ================================================================
+
+
+class Member:
+    """One member of etcd: its idle connections, and what is wrong with it (None: it is well)."""
+
+    def __init__(self, address: Address, tls: bool) -> None:
+        self.address = address
+        self.tls = tls
+        self.idle: list[Wire] = []  # append and pop are atomic; the most recently used is taken first
+        self.fault: str | None = None
+        self.failed_at = -math.inf
+
+    def __str__(self) -> str:
+        return f"{'https' if self.tls else 'http'}://{self.address}"
+
+
+class Reply:
+    """What etcd3gw wants to see of an answer. It sees no other than 200: EtcdSession raises the others itself."""
+
+    status_code = 200
+    reason = "OK"
+
+    def __init__(self, text: str, payload: Any) -> None:
+        self.text = text
+        self._payload = payload
+
+    def json(self) -> Any:
+        return self._payload
+
+
+PAUSE_SECONDS = 0.1  # between two tries of one member that failed
+PROBE_SECONDS = 1.0  # between two looks at a sick member
+
+
+class EtcdSession:
+    """The session under etcd3gw: kept connections to all members, and one that is well for each call.
+
+    The member in front serves until it fails. Then it is sick: it goes to the end, and is looked at in the background
+    until it is well. While all are sick they are tried in turn. (requests, etcd3gw's own session, costs 2 ms of CPU
+    a call and knows one endpoint.)
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        members = [Member(a, config.etcd_tls if a.tls is None else a.tls) for a in config.etcd_addr_list]
+        random.shuffle(members)  # so that replicas that start together do not all begin with the same
+        # A frozen member shows by a timeout only, so a try has a share of the budget: all members fit in, one twice.
+        self._share_seconds = config.etcd_timeout / (len(members) + 1)
+        self._mutex = threading.Lock()  # owns the order of members, their faults, and the flag
+        self._members = members
+        self._probing = False
+
+    def start(self) -> None:
+        """Looks at every member in the background, so that the log tells at once what is wrong."""
+        self._probing = True
+        threading.Thread(target=self._probe, args=(self._members,), daemon=True).start()
+
+    def post(self, url: str, *, json: Any, timeout: float | None, deadline: float) -> Reply:
+        """One try on one member. The host in etcd3gw's url means nothing here; a list is sent as JSON lines.
+
+        Raises Refused, Unavailable or OutcomeUnknown.
+        """
+        del timeout  # etcd3gw's: one for all calls
+        return self._ask(self._pick(deadline), "/" + url.split("/", 3)[3], json, deadline)
+
+    def _pick(self, deadline: float) -> Member:
+        for member in self._members:
+            if member.fault is None:
+                return member
+        member = min(self._members, key=lambda member: member.failed_at)
+        pause = min(member.failed_at + PAUSE_SECONDS, deadline) - time.monotonic()
+        if pause > 0:
+            time.sleep(pause)
+        if time.monotonic() >= deadline:
+            raise Unavailable(f"{member}: {member.fault}")
+        return member
+
+    def _ask(self, member: Member, path: str, payload: Any, deadline: float) -> Reply:
+        share_ends = time.monotonic() + self._share_seconds
+        try:
+            status, text = self._exchange(member, path, _to_lines(payload), min(share_ends, deadline))
+            if status != 200:
+                raise classify(status, text)
+            answer = _from_lines(text) if isinstance(payload, list) else json.loads(text)
+        except Refused:  # it is well enough to say no
+            raise
+        except (StorageError, ValueError) as fault:
+            # A try whose time was cut short by the caller's budget says nothing about the member.
+            if share_ends <= deadline or time.monotonic() < deadline:
+                self._is_sick(member, str(fault))
+            kind = Unavailable if isinstance(fault, Unavailable) else OutcomeUnknown
+            raise kind(f"{member}: {fault}") from fault
+        if member.fault is not None:
+            self._is_well(member)
+        return Reply(text, answer)
+
+    def _exchange(self, member: Member, path: str, body: str, deadline: float) -> tuple[int, str]:
+        """Status and body of the answer. A kept connection that etcd has closed meanwhile is replaced."""
+        request = (
+            f"POST {path} HTTP/1.1\r\nHost: {member.address}\r\nContent-Type: application/json\r\n"
+            # Without a leader a member says so at once, and certainly has not applied the call (etcd-io/etcd 10819).
+            f"Grpc-Metadata-hasleader: true\r\nContent-Length: {len(body)}\r\n\r\n{body}"
+        ).encode("ascii")
+        sent = False
+        while True:
+            try:
+                wire, kept = member.idle.pop(), True
+            except IndexError:
+                wire, kept = self._connect(member, deadline, sent), False
+            sent = True
+            try:
+                return _converse(member, wire, request, deadline)
+            except (OSError, EOFError, Malformed, ValueError) as fault:
+                wire.sock.close()
+                if kept and not wire.rest and isinstance(fault, (ConnectionError, EOFError, ssl.SSLError)):
+                    _close_all(member.idle)  # they are of the same age
+                elif not kept and isinstance(fault, ssl.SSLError):
+                    raise Unavailable(_reason(fault)) from fault  # TLS 1.3 refuses a client after the handshake
+                elif not kept and not member.tls and isinstance(fault, EOFError):
+                    raise OutcomeUnknown(f"{_reason(fault)}; is it https?") from fault
+                else:
+                    raise OutcomeUnknown(_reason(fault)) from fault
+
+    def _connect(self, member: Member, deadline: float, sent: bool) -> Wire:
+        """A new connection. Raises Unavailable, or OutcomeUnknown if the request was sent over another before."""
+        try:
+            left = max(0.001, deadline - time.monotonic())
+            sock = socket.create_connection((member.address.host, member.address.port), left)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if member.tls:
+                # A context for each connection, since certificates are renewed while this daemon runs.
+                sock = self._config.tls_context().wrap_socket(sock, server_hostname=member.address.host)
+            else:
+                sock.settimeout(None)
+        except (OSError, ValueError) as fault:
+            raise (OutcomeUnknown if sent else Unavailable)(_reason(fault)) from fault
+        return Wire(sock)
+
+    def _is_sick(self, member: Member, fault: str) -> None:
+        _close_all(member.idle)
+        with self._mutex:
+            before, member.fault, member.failed_at = member.fault, fault, time.monotonic()
+            self._members = [other for other in self._members if other is not member] + [member]
+            start, self._probing = not self._probing, True
+        if before is None:
+            event(logging.WARNING, "etcd member failed", member=member, reason=fault)
+        if start:
+            threading.Thread(target=self._probe, args=([],), daemon=True).start()
+
+    def _is_well(self, member: Member) -> None:
+        with self._mutex:
+            before, member.fault = member.fault, None
+        if before is not None:
+            event(logging.INFO, "etcd member is well again", member=member)
+
+    def _probe(self, members: list[Member]) -> None:
+        """Looks at these members, then at the sick ones every PROBE_SECONDS, until all are well."""
+        while True:
+            for member in members:
+                with contextlib.suppress(StorageError):  # what is wrong is noted by _ask
+                    self._ask(member, "/v3/kv/range", {"key": _key64("")}, time.monotonic() + self._share_seconds)
+            with self._mutex:
+                members = [member for member in self._members if member.fault is not None]
+                if not members:
+                    self._probing = False
+                    return
+            time.sleep(PROBE_SECONDS)
+
+
+def _converse(member: Member, wire: Wire, request: bytes, deadline: float) -> tuple[int, str]:
+    """Sends the request, reads the answer, and keeps the connection if it is as good as new."""
+    wire.send(request, deadline)
+    status_line, *header_lines = wire.head(deadline).decode("latin-1").split("\r\n")
+    match = re.match(r"HTTP/1\.[01] ([0-9]{3})", status_line)
+    if not match:
+        raise Malformed(502, f"not HTTP: {quote(status_line)}")
+    headers = parse_headers(header_lines)
+    text = wire.body(headers, MOST_ANSWER_BYTES, deadline).decode()
+    status = int(match[1])
+    if status == 200 and not wire.rest and "close" not in headers.get("connection", "").lower():
+        member.idle.append(wire)
+    else:  # after an error, or with something unread, a connection is not to be trusted
+        wire.sock.close()
+    return status, text
+
+
+_to_json = json.JSONEncoder(separators=(",", ":")).encode
+
+
+def _to_lines(payload: Any) -> str:
+    return "\n".join(map(_to_json, payload)) if isinstance(payload, list) else _to_json(payload)
+
+
+def _from_lines(text: str) -> list[dict[str, Any]]:
+    """The answers of a stream. Raises StorageError if there is nothing but an error in it, ValueError for no JSON."""
+    answers = [json.loads(line) for line in text.splitlines()]
+    if not any("result" in answer for answer in answers):
+        raise classify(200, text.partition("\n")[0])
+    return answers
+
+
+def _close_all(wires: list[Wire]) -> None:
+    while wires:
+        with contextlib.suppress(IndexError):  # another thread took the last
+            wires.pop().sock.close()
+
+
+def _reason(fault: Exception) -> str:
+    """One line about why a connection failed."""
+    if isinstance(fault, ssl.SSLCertVerificationError):
+        return f"TLS: its certificate is not accepted: {fault.verify_message}"
+    if isinstance(fault, ssl.SSLError) and fault.reason == "WRONG_VERSION_NUMBER":
+        return "TLS: it does not speak TLS; is it http?"
+    if isinstance(fault, ssl.SSLError):
+        return f"TLS: {(fault.reason or str(fault)).lower().replace('_', ' ')}"
+    if isinstance(fault, OSError) and fault.strerror:
+        return fault.strerror.lower()
+    return str(fault) or type(fault).__name__
+
+
+def open_storage(config: Config) -> Storage:
+    """The storage that is configured. Raises ConfigError."""
+    if config.storage_type == "mock":
+        return MemoryStorage()
+    try:
+        import etcd3gw  # only here, so that the file runs without any package on the mock
+    except ImportError as fault:
+        raise ConfigError(
+            f"{variable('storage_type')}: etcd needs the package etcd3gw (pip install etcd3gw): {fault}"
+        ) from fault
+    session = EtcdSession(config)
+    session.start()
+    client = etcd3gw.Etcd3Client(session=cast(Any, session), api_path="/v3/")
+    return EtcdStorage(Gateway(client), config.etcd_timeout)
+
+
+# == Metrics =========================================================================================================
+
+_GRANT_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)  # seconds
+_LEASE_RESULTS = [("get", "created"), ("get", "accepted"), ("get", "error")] + [
+    (operation, status) for operation in ("prolong", "release") for status in ("success", "failure", "error")
+]
+_CACHE_RESULTS = [("get", "success"), ("get", "failure"), ("set", "success"), ("evict", "success")]
+
+
+class Metrics:
+    """Counters under the Go service's names, in Prometheus' text format 0.0.4. No key, value or lease is a label."""
+
+    def __init__(self) -> None:
+        self._mutex = threading.Lock()  # owns all below
+        self._lease = dict.fromkeys(_LEASE_RESULTS, 0)
+        self._cache = dict.fromkeys(_CACHE_RESULTS, 0)
+        self._grants = [0] * (len(_GRANT_BUCKETS) + 1)
+        self._grant_seconds = 0.0
+
+    def count_lease(self, operation: str, status: str) -> None:
+        with self._mutex:
+            self._lease[operation, status] += 1
+
+    def count_grant(self, seconds: float) -> None:
+        """A lock was taken, in so many seconds, without those that its caller waited in line."""
+        with self._mutex:
+            self._lease["get", "created"] += 1
+            self._grants[bisect.bisect_left(_GRANT_BUCKETS, seconds)] += 1
+            self._grant_seconds += seconds
+
+    def count_cache(self, operation: str, status: str) -> None:
+        with self._mutex:
+            self._cache[operation, status] += 1
+
+    def render(self) -> str:
+        """All metrics, as /metrics shows them."""
+        with self._mutex:
+            lease, cache = dict(self._lease), dict(self._cache)
+            grants, grant_seconds = list(itertools.accumulate(self._grants)), self._grant_seconds
+        grant = "shared_lock_lease_grant_duration_seconds"
+        buckets = [
+            (f'_bucket{{operation="get",le="{bound}"}}', count)
+            for bound, count in zip([*_GRANT_BUCKETS, "+Inf"], grants, strict=True)
+        ]
+        sums = [('_sum{operation="get"}', grant_seconds), ('_count{operation="get"}', grants[-1])]
+        return "".join(
+            [
+                _family("shared_lock_lease_operations_total", "counter", "Operations on locks.", _by_result(lease)),
+                _family(grant, "histogram", "Time to take a free lock.", [*buckets, *sums]),
+                _family("shared_lock_cache_operations_total", "counter", "Uses of the cache.", _by_result(cache)),
+                *_process_families(),
+            ]
+        )
+
+
+def _by_result(counts: dict[tuple[str, str], int]) -> list[tuple[str, float]]:
+    return [(f'{{operation="{operation}",status="{status}"}}', count) for (operation, status), count in counts.items()]
+
+
+def _family(name: str, kind: str, meaning: str, samples: Sequence[tuple[str, float]]) -> str:
+    """A metric in the text format; a sample is what follows the name, and its value."""
+    lines = [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}", *(f"{name}{rest} {value}" for rest, value in samples)]
+    return "\n".join(lines) + "\n"
+
+
+_STARTED_SECONDS = time.time()
+
+
+def _process_families() -> Iterator[str]:
+    """What Prometheus' client libraries tell of every process, as far as /proc has it."""
+    yield _family("process_start_time_seconds", "gauge", "Start, in seconds since 1970.", [("", _STARTED_SECONDS)])
+    with contextlib.suppress(OSError):  # no /proc, or no descriptor left to read it with
+        with open("/proc/self/statm") as statm:
+            resident = int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        yield _family("process_resident_memory_bytes", "gauge", "Resident memory.", [("", resident)])
+        open_fds = len(os.listdir("/proc/self/fd"))
+        yield _family("process_open_fds", "gauge", "Open file descriptors.", [("", open_fds)])
+    build = f'{{implementation="{platform.python_implementation()}",version="{platform.python_version()}"}}'
+    yield _family("python_info", "gauge", "The Python that runs this.", [(build, 1)])
+
+
+# == Profiles: what `go tool pprof` opens ============================================================================
+#
+# Only for SHARED_LOCK_PPROF_ENABLED. Stacks are tuples of (function, file, line), innermost first.
+
+Stack = tuple[tuple[str, str, int], ...]
+_SAMPLES_A_SECOND = 100
+_HEAP_FRAMES = 12  # of each allocation that tracemalloc remembers
+
+
+def profile_pages() -> dict[str, Callable[[Request], Response]]:
+    """The pages under /debug/pprof/, by path. Starts to trace allocations."""
+    import tracemalloc
+
+    tracemalloc.start(_HEAP_FRAMES)
+    root = "/debug/pprof/"
+    pages = {root + "profile": cpu_profile, root + "heap": heap_profile, root + "goroutine": thread_stacks}
+    index = f"{root}profile?seconds=30\n{root}heap\n{root}goroutine?debug=2\n".encode()
+    return {root: lambda request: Response(200, index), **pages}
+
+
+def cpu_profile(request: Request) -> Response:
+    """CPU time by stack, over `seconds`: every thread's stack is sampled, and weighs what its thread used since."""
+    text = _query(request).get("seconds", "30")
+    if not re.fullmatch("[0-9]{1,3}", text) or not 0 < int(text) <= 300:
+        raise BadRequest(f"seconds: not a number from 1 to 300: {quote(text)}")
+    samples: collections.Counter[Stack] = collections.Counter()
+    used_before = _cpu_nanos_by_thread()
+    ends = time.monotonic() + int(text)
+    while time.monotonic() < ends:
+        time.sleep(1 / _SAMPLES_A_SECOND)
+        used = _cpu_nanos_by_thread()
+        for ident, frame in sys._current_frames().items():
+            if nanos := used.get(ident, 0) - used_before.get(ident, 0):
+                samples[_stack(frame)] += nanos
+        used_before = used
+    return _pprof("cpu", "nanoseconds", samples, int(text))
+
+
+def _cpu_nanos_by_thread() -> dict[int, int]:
+    """CPU time of each thread by its ident. Of a thread that has just ended there is none."""
+    used = {}
+    for thread in threading.enumerate():
+        with contextlib.suppress(OSError):
+            # Linux' clock of a thread by its kernel ID, as glibc makes it; time.pthread_getcpuclockid() may crash
+            # on a thread that has ended.
+            used[thread.ident or 0] = time.clock_gettime_ns(~(thread.native_id or 0) << 3 | 6)
+    return used
+
+
+def heap_profile(request: Request) -> Response:
+    """Bytes in use that Python allocated since the start, by stack."""
+    import tracemalloc
+
+    samples: collections.Counter[Stack] = collections.Counter()
+    for trace in tracemalloc.take_snapshot().traces:
+        samples[tuple(("", frame.filename, frame.lineno) for frame in reversed(trace.traceback))] += trace.size
+    return _pprof("inuse_space", "bytes", samples)
+
+
+def thread_stacks(request: Request) -> Response:
+    """Every thread's stack: as text with ?debug=1 or 2, else for pprof."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    stacks = [(names.get(ident, "?"), _stack(frame)) for ident, frame in sys._current_frames().items()]
+    if _query(request).get("debug", "0") == "0":
+        return _pprof("threads", "count", collections.Counter(stack for _, stack in stacks))
+    text = [
+        f"{name}:\n" + "".join(f"  {function} at {file}:{line}\n" for function, file, line in stack)
+        for name, stack in stacks
+    ]
+    return Response(200, "\n".join(text).encode())
+
+
+def _stack(frame: types.FrameType | None) -> Stack:
+    stack = []
+    while frame:
+        stack.append((frame.f_code.co_qualname, frame.f_code.co_filename, frame.f_lineno))
+        frame = frame.f_back
+    return tuple(stack)
+
+
+def _pprof(kind: str, unit: str, samples: Mapping[Stack, int], seconds: int = 0) -> Response:
+    """A gzipped profile.proto (github.com/google/pprof/proto/profile.proto); the numbers are its fields'."""
+    import gzip
+
+    strings: dict[str, int] = {"": 0}
+    functions: dict[tuple[str, str], int] = {}
+    locations: dict[tuple[str, str, int], int] = {}
+
+    def string(text: str) -> int:
+        return strings.setdefault(text, len(strings))
+
+    def location(place: tuple[str, str, int]) -> int:
+        functions.setdefault(place[:2], len(functions) + 1)
+        return locations.setdefault(place, len(locations) + 1)
+
+    out = [_message(1, _varint(1, string(kind)) + _varint(2, string(unit)))]
+    for stack, value in samples.items():
+        out.append(_message(2, b"".join(_varint(1, location(place)) for place in stack) + _varint(2, value)))
+    for (function, file, line), number in locations.items():
+        place = _varint(1, functions[function, file]) + _varint(2, line)
+        out.append(_message(4, _varint(1, number) + _message(4, place)))
+    for (function, file), number in functions.items():
+        out.append(_message(5, _varint(1, number) + _varint(2, string(function)) + _varint(4, string(file))))
+    out += [_message(6, text.encode()) for text in strings]
+    out += [_varint(9, time.time_ns()), _varint(10, seconds * 10**9)]
+    return Response(200, gzip.compress(b"".join(out)), "application/octet-stream")
+
+
+def _varint(number: int, value: int) -> bytes:
+    """A field of protobuf whose value is a number."""
+    return _base128(number << 3) + _base128(value)
+
+
+def _message(number: int, content: bytes) -> bytes:
+    """A field of protobuf whose value is bytes: a message, or text."""
+    return _base128(number << 3 | 2) + _base128(len(content)) + content
+
+
+def _base128(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+# == Life of the process: start, wait, stop ==========================================================================
+
+
+def event(level: int, name: str, **fields: object) -> None:
+    """One line in the log, key=value; values that are not plain words are quoted."""
+    if log.isEnabledFor(level):
+        log.log(
+            level, " ".join([f"event={_plain(name)}", *(f"{key}={_plain(value)}" for key, value in fields.items())])
+        )
+
+
+def _plain(value: object) -> str:
+    text = str(value)
+    return text if re.fullmatch(r"[\w.:/@,+\[\]-]+", text) else quote(text)
+
+
+def start_logging(debug: bool) -> None:
+    """To stderr, a line an event: time=2026-11-23T03:21:00.000Z level=info event=granted key=nightly …"""
+    for level in (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR):
+        logging.addLevelName(level, logging.getLevelName(level).lower())
+    formatter = logging.Formatter("time=%(asctime)s.%(msecs)03dZ level=%(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
+    formatter.converter = time.gmtime
+    handler = logging.StreamHandler()
+    handler.setFormatter(formatter)
+    log.addHandler(handler)
+    log.setLevel(logging.DEBUG if debug else logging.INFO)
+    log.propagate = False
+    logging.raiseExceptions = False  # a log that nobody reads any more is no reason for a traceback
+    logging._srcfile = None  # nobody asks for the caller's line: documented in logging's HOWTO as the way to spare it
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Accepts connections and knows those that are open, so that it can stop without losing a request."""
+
+    daemon_threads = True  # neither True (cuts requests short) nor False (waits for idle clients) would do: see drain
+    block_on_close = False
+
+    def __init__(self, config: Config, api: Api) -> None:
+        """Listens on the configured address. Raises OSError."""
+        self.config = config
+        self.api = api
+        self.draining = False
+        self._mutex = threading.Condition()  # owns the set below; told of each connection that closes
+        self._connections: set[Connection] = set()
+        super().__init__(("", 0), Connection, bind_and_activate=False)
+        self.socket.close()
+        self.socket = listen(config.server_host, config.server_port)
+        self.server_address = self.socket.getsockname()
+
+    def serve_forever(self, poll_interval: float = 0.1) -> None:
+        super().serve_forever(poll_interval)
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        try:
+            return super().get_request()
+        except OSError as fault:  # most likely out of descriptors: without a pause the loop would spin
+            event(logging.ERROR, "accept failed", reason=fault)
+            time.sleep(0.1)
+            raise
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        fault = sys.exception()
+        event(logging.ERROR, "connection failed", error=repr(fault), at=_where(fault))
+
+    def opened(self, connection: Connection) -> None:
+        with self._mutex:
+            self._connections.add(connection)
+
+    def closed(self, connection: Connection) -> None:
+        with self._mutex:
+            self._connections.discard(connection)
+            self._mutex.notify_all()
+
+    def drain(self, timeout: float) -> None:
+        """Stops: accepts no more, closes idle connections, answers what is in flight, and after `timeout` seconds
+        cuts what is left. Locks stay with their holders."""
+        self.shutdown()
+        self.socket.close()
+        self.draining = True
+        self.api.dismiss_waiting()
+        deadline = time.monotonic() + timeout
+        with self._mutex:
+            for connection in self._connections:
+                connection.close_if_idle()
+            while self._connections and (left := deadline - time.monotonic()) > 0:
+                self._mutex.wait(left)
+            for connection in self._connections:
+                event(logging.WARNING, "connection cut", client=connection.client, doing=connection.doing)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; an empty host is every address. Raises OSError."""
+    if not host and socket.has_dualstack_ipv6():
+        with contextlib.suppress(OSError):
+            return socket.create_server(("", port), family=socket.AF_INET6, backlog=1024, dualstack_ipv6=True)
+    family = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
+    return socket.create_server((host, port), family=family, backlog=1024)
+
+
+def _where(fault: BaseException | None) -> str:
+    """File and line where an exception was raised."""
+    frames = traceback.extract_tb(fault.__traceback__) if fault else []
+    return f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else "?"
+
+
+def serve(config: Config) -> int:
+    """Runs the daemon until SIGTERM or SIGINT; returns the exit status. Raises ConfigError."""
+    start_logging(config.debug)
+    sys.setswitchinterval(0.02)  # seconds; of 150 short bursts, a forced switch only delays all: +20 % requests/s
+    metrics = Metrics()
+    cache = Cache(config.cache_size, metrics) if config.cache_enabled else None
+    service = LockService(open_storage(config), metrics, cache)
+    try:
+        server = Server(config, Api(service, metrics, config.pprof_enabled))
+    except socket.gaierror as fault:
+        raise ConfigError(f"{variable('server_host')}: {fault.strerror}: {quote(config.server_host)}") from fault
+    except OSError as fault:
+        print(f"shared-lock: cannot listen on port {config.server_port}: {fault.strerror}", file=sys.stderr)
+        return 1
+    stop = threading.Event()
+
+    def on_signal(number: int, frame: object) -> None:
+        if stop.is_set():
+            os._exit(128 + number)  # the second one: at once
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    host, port = server.server_address[:2]
+    event(logging.INFO, "serving", address=Address(str(host), int(port), None), storage=config.storage_type)
+    stop.wait()
+    event(logging.INFO, "stopping")
+    server.drain(config.server_shutdown_timeout)
+    event(logging.INFO, "stopped")
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line: `python shared_lock.py serve`."""
+    parser = argparse.ArgumentParser(
+        prog="shared_lock.py",
+        description="Lends distributed locks over HTTP and keeps them in etcd.",
+        epilog="environment:\n" + "\n".join(_help_lines()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(metavar="command", required=True)
+    commands.add_parser("serve", help="serve until SIGTERM or SIGINT")
+    parser.parse_args(arguments)
+    try:
+        return serve(Config.from_env(os.environ))
+    except ConfigError as fault:
+        print(f"shared-lock: {fault}", file=sys.stderr)
+        return 2
+
+
+def _help_lines() -> Iterator[str]:
+    for one in fields(Config):
+        meaning, default = one.metadata["meaning"], one.metadata["default"]
+        yield f"  {variable(one.name):<36} {meaning}{f' [{default}]' if default else ''}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
