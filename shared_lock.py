@@ -151,9 +151,17 @@ def quote(value: object) -> str:
 _NUMBER = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)"
 _DURATION = re.compile(rf"([+-]?)((?:{_NUMBER}(?:ns|us|µs|μs|ms|s|m|h))+|{_NUMBER})")
 _DURATION_PART = re.compile(rf"({_NUMBER})([^0-9.]*)")
-_UNIT_SECONDS = {"ns": Fraction(1, 10**9), "us": Fraction(1, 10**6), "µs": Fraction(1, 10**6),
-                 "μs": Fraction(1, 10**6), "ms": Fraction(1, 1000), "s": Fraction(1),
-                 "m": Fraction(60), "h": Fraction(3600), "": Fraction(1)}  # fmt: skip
+_UNITS = {
+    "ns": "1e-9",
+    "us": "1e-6",
+    "µs": "1e-6",
+    "μs": "1e-6",
+    "ms": "1e-3",
+    "s": "1",
+    "m": "60",
+    "h": "3600",
+    "": "1",
+}
 
 
 @functools.lru_cache(maxsize=256)
@@ -162,7 +170,7 @@ def parse_duration(text: str) -> Fraction:
     match = _DURATION.fullmatch(text)
     if not match or len(text) > 100:
         raise ValueError(f"not a duration: {quote(text)}")
-    seconds = sum((Fraction(n) * _UNIT_SECONDS[unit] for n, unit in _DURATION_PART.findall(match[2])), Fraction())
+    seconds = sum((Fraction(n) * Fraction(_UNITS[unit]) for n, unit in _DURATION_PART.findall(match[2])), Fraction())
     return -seconds if match[1] == "-" else seconds
 
 
@@ -170,54 +178,41 @@ def parse_ttl(text: str) -> int:
     """The whole seconds, rounded up, that a lock is asked for. Raises ValueError."""
     seconds = math.ceil(parse_duration(text))
     if not 0 < seconds <= MOST_TTL_SECONDS:
-        raise ValueError(f"not more than 0 and at most {MOST_TTL_SECONDS}s: {quote(text)}")
+        raise ValueError(f"not more than 0s and at most {MOST_TTL_SECONDS}s: {quote(text)}")
     return seconds
 
 
-def parse_wait(text: str) -> float:
-    """The seconds that a caller is ready to wait for a lock. Raises ValueError."""
-    seconds = parse_duration(text)
-    if not 0 <= seconds <= MOST_WAIT_SECONDS:
-        raise ValueError(f"not between 0s and {MOST_WAIT_SECONDS}s: {quote(text)}")
-    return float(seconds)
+def seconds_up_to(most: int, above: int = -1) -> Callable[[str], float]:
+    """A parser of durations, in seconds, of at least 0 and at most `most`, and more than `above`."""
+
+    def parse(text: str) -> float:
+        duration = parse_duration(text)
+        if not 0 <= duration <= most or duration <= above:
+            raise ValueError(f"not {'between' if above < 0 else 'more than'} 0s and at most {most}s: {quote(text)}")
+        return float(duration)
+
+    return parse
 
 
-def parse_timeout(text: str) -> float:
-    """The seconds of a server's timeout. Raises ValueError."""
-    seconds = parse_duration(text)
-    if not 0 <= seconds <= MOST_TTL_SECONDS:
-        raise ValueError(f"not between 0s and {MOST_TTL_SECONDS}s: {quote(text)}")
-    return float(seconds)
+def whole(least: int, most: int) -> Callable[[str], int]:
+    """A parser of whole numbers."""
+
+    def parse(text: str) -> int:
+        if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
+            raise ValueError(f"not a number from {least} to {most}: {quote(text)}")
+        return int(text)
+
+    return parse
 
 
-def parse_positive_timeout(text: str) -> float:
-    if not (seconds := parse_timeout(text)):
-        raise ValueError(f"not more than 0s: {quote(text)}")
-    return seconds
-
-
-def parse_bool(text: str) -> bool:
+def boolean(text: str) -> bool:
     """As Go's strconv.ParseBool. Raises ValueError."""
-    if text in ("1", "t", "T", "TRUE", "true", "True"):
-        return True
-    if text in ("0", "f", "F", "FALSE", "false", "False"):
-        return False
-    raise ValueError(f"not a boolean (true or false): {quote(text)}")
+    if text not in ("1", "t", "T", "TRUE", "true", "True", "0", "f", "F", "FALSE", "false", "False"):
+        raise ValueError(f"not a boolean, true or false: {quote(text)}")
+    return text in ("1", "t", "T", "TRUE", "true", "True")
 
 
-def parse_port(text: str) -> int:
-    if not re.fullmatch("[0-9]{1,5}", text) or int(text) > 65535:
-        raise ValueError(f"not a port number from 0 to 65535: {quote(text)}")
-    return int(text)
-
-
-def parse_size(text: str) -> int:
-    if not re.fullmatch("[0-9]{1,9}", text) or int(text) == 0:
-        raise ValueError(f"not a number from 1 to 999999999: {quote(text)}")
-    return int(text)
-
-
-def parse_storage_type(text: str) -> str:
+def storage_type(text: str) -> str:
     if text not in ("etcd", "mock"):
         raise ValueError(f"not etcd or mock: {quote(text)}")
     return text
@@ -228,32 +223,29 @@ class Address(NamedTuple):
 
     host: str
     port: int
-    tls: bool | None
+    tls: bool | None = None
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
-def parse_addresses(text: str) -> tuple[Address, ...]:
-    """The endpoints in a comma-separated list of `http://h:p`, `https://h:p` and `h:p`. Raises ValueError."""
-    return tuple(parse_address(part.strip()) for part in text.split(","))
+_ENDPOINT = re.compile(r"(?:(https?)://)?(?:\[([0-9A-Fa-f:.%]+)\]|([^\s:/?#@\[\]]+)):([0-9]{1,5})/?")
 
 
-def parse_address(text: str) -> Address:
-    scheme, separator, rest = text.rpartition("://")
-    try:
-        parts = urllib.parse.urlsplit("//" + rest)
-        host, port = parts.hostname, parts.port
-    except ValueError:  # a port that is no number, half a bracket
-        host = port = None
-    bare = parts.path in ("", "/") and not parts.query and not parts.fragment and "@" not in rest if host else False
-    if not bare or not host or not port or re.search(r"\s", rest) or scheme not in ("", "http", "https"):
-        raise ValueError(f"not an endpoint like http://host:2379: {quote(text)}")
-    return Address(host, port, scheme == "https" if separator else None)
+def endpoints(text: str) -> tuple[Address, ...]:
+    """The addresses in a comma-separated list of `http://h:p`, `https://h:p` and `h:p`. Raises ValueError."""
+    addresses = []
+    for part in text.split(","):
+        match = _ENDPOINT.fullmatch(part.strip())
+        if not match or not 0 < int(match[4]) < 65536:
+            raise ValueError(f"not an endpoint, as in http://host:2379: {quote(part)}")
+        addresses.append(Address(match[2] or match[3], int(match[4]), (match[1] == "https") if match[1] else None))
+    return tuple(addresses)
 
 
-def parse_text(text: str) -> str:
-    return text
+def variable(name: str) -> str:
+    """The environment's name for a field of Config."""
+    return "SHARED_LOCK_" + name.upper()
 
 
 def setting(default: str, parse: Callable[[str], Any], meaning: str) -> Any:
@@ -265,25 +257,33 @@ def setting(default: str, parse: Callable[[str], Any], meaning: str) -> Any:
 class Config:
     """All that can be set, each field by the variable SHARED_LOCK_ + its name in capitals. Durations are seconds."""
 
-    server_port: int = setting("8080", parse_port, "port to listen on; 0 takes a free one, which the log tells")
-    server_host: str = setting("", parse_text, "address to listen on; empty is every address, IPv4 and IPv6")
-    server_read_timeout: float = setting("10s", parse_timeout, "from a request's first byte to its last; 0 is none")
-    server_write_timeout: float = setting("10s", parse_timeout, "to write an answer; 0 is none")
-    server_idle_timeout: float = setting("120s", parse_timeout, "an idle connection is closed after it; 0 is none")
-    server_shutdown_timeout: float = setting("10s", parse_timeout, "for requests in flight after SIGTERM or SIGINT")
-    pprof_enabled: bool = setting("false", parse_bool, "serve /debug/pprof/")
-    storage_type: str = setting("etcd", parse_storage_type, "etcd, or mock: in memory, lost with the process")
-    etcd_addr_list: tuple[Address, ...] = setting(
-        "http://localhost:2379", parse_addresses, "comma-separated endpoints: http://h:p, https://h:p or h:p"
+    server_port: int = setting("8080", whole(0, 65535), "port to listen on; 0 is a free one, which the log tells")
+    server_host: str = setting("", str, "address to listen on; empty is every address, IPv4 and IPv6")
+    server_read_timeout: float = setting(
+        "10s", seconds_up_to(MOST_TTL_SECONDS), "from a request's first byte to its last; 0 is none"
     )
-    etcd_tls: bool = setting("false", parse_bool, "TLS to etcd with the three files below")
-    ca_cert_path: str = setting("/etc/etcd/ca.crt", parse_text, "who signed etcd's certificate")
-    client_cert_path: str = setting("/etc/etcd/client.crt", parse_text, "what this daemon shows to etcd")
-    client_key_path: str = setting("/etc/etcd/client.key", parse_text, "the key of that certificate")
-    etcd_timeout: float = setting("5s", parse_positive_timeout, "one storage operation, all tries together")
-    cache_enabled: bool = setting("false", parse_bool, "answer 202 from memory while a key is known to be held")
-    cache_size: int = setting("1000", parse_size, "keys to remember; the least recently used leave")
-    debug: bool = setting("false", parse_bool, "log every request")
+    server_write_timeout: float = setting("10s", seconds_up_to(MOST_TTL_SECONDS), "to write an answer; 0 is none")
+    server_idle_timeout: float = setting(
+        "120s", seconds_up_to(MOST_TTL_SECONDS), "an idle connection is closed after it; 0 is none"
+    )
+    server_shutdown_timeout: float = setting(
+        "10s", seconds_up_to(MOST_TTL_SECONDS), "for requests in flight after SIGTERM or SIGINT"
+    )
+    pprof_enabled: bool = setting("false", boolean, "serve /debug/pprof/")
+    storage_type: str = setting("etcd", storage_type, "etcd, or mock: in memory, lost with the process")
+    etcd_addr_list: tuple[Address, ...] = setting(
+        "http://localhost:2379", endpoints, "endpoints, separated by commas: http://h:p, https://h:p or h:p"
+    )
+    etcd_tls: bool = setting("false", boolean, "TLS to etcd with the three files below")
+    ca_cert_path: str = setting("/etc/etcd/ca.crt", str, "who signed etcd's certificate")
+    client_cert_path: str = setting("/etc/etcd/client.crt", str, "what this daemon shows to etcd")
+    client_key_path: str = setting("/etc/etcd/client.key", str, "the key of that certificate")
+    etcd_timeout: float = setting(
+        "5s", seconds_up_to(MOST_TTL_SECONDS, above=0), "one storage operation, all tries together"
+    )
+    cache_enabled: bool = setting("false", boolean, "answer 202 from memory while a key is known to be held")
+    cache_size: int = setting("1000", whole(1, 10**9 - 1), "keys to remember; the least recently used leave")
+    debug: bool = setting("false", boolean, "log every request")
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Config:
@@ -302,44 +302,39 @@ class Config:
 
     def _check_tls(self) -> None:
         for name in ("ca_cert_path", "client_cert_path", "client_key_path"):
-            path = getattr(self, name)
             try:
-                with open(path, "rb"):
-                    pass
+                open(getattr(self, name), "rb").close()
             except OSError as fault:
-                raise ConfigError(f"{variable(name)}: cannot be read: {quote(path)}: {fault.strerror}") from fault
+                shown = f"{quote(getattr(self, name))}: {fault.strerror}"
+                raise ConfigError(f"{variable(name)}: not a file that can be read: {shown}") from fault
         try:
-            ssl.create_default_context(cafile=self.ca_cert_path)
-        except (ssl.SSLError, OSError) as fault:
+            name = "ca_cert_path"
+            context = ssl.create_default_context(cafile=self.ca_cert_path)
+            name = "client_cert_path"
+            self._show_certificate(context)
+        except OSError as fault:  # ssl.SSLError is one
+            belongs = "" if name == "ca_cert_path" else f" that belongs to the key {quote(self.client_key_path)}"
             raise ConfigError(
-                f"{variable('ca_cert_path')}: not certificates in PEM: {quote(self.ca_cert_path)}"
-            ) from fault
-        try:
-            self.tls_context()
-        except (ssl.SSLError, OSError) as fault:
-            raise ConfigError(
-                f"{variable('client_cert_path')}: {quote(self.client_cert_path)} is not a certificate in PEM"
-                f" that belongs to the key {quote(self.client_key_path)}"
+                f"{variable(name)}: not a certificate in PEM{belongs}: {quote(getattr(self, name))}"
             ) from fault
         for address in self.etcd_addr_list:
             if address.tls is False:
                 raise ConfigError(
-                    f"{variable('etcd_addr_list')}: an http:// endpoint, with {variable('etcd_tls')}=true:"
-                    f" {quote(f'http://{address}')}: use https://, or no scheme"
+                    f"{variable('etcd_addr_list')}: not https://, or without a scheme,"
+                    f" as {variable('etcd_tls')}=true wants it: {quote(f'http://{address}')}"
                 )
+
+    def _show_certificate(self, context: ssl.SSLContext) -> None:
+        # The password keeps OpenSSL from asking for one on the terminal.
+        context.load_cert_chain(self.client_cert_path, self.client_key_path, password="")
 
     def tls_context(self) -> ssl.SSLContext:
         """How to talk TLS to etcd: with our three files, or, for an https endpoint without ETCD_TLS, as curl would."""
-        context = ssl.create_default_context(cafile=self.ca_cert_path if self.etcd_tls else None)
-        if self.etcd_tls:
-            # A password callback keeps OpenSSL from asking for one on the terminal.
-            context.load_cert_chain(self.client_cert_path, self.client_key_path, password=lambda: b"")
+        if not self.etcd_tls:
+            return ssl.create_default_context()
+        context = ssl.create_default_context(cafile=self.ca_cert_path)
+        self._show_certificate(context)
         return context
-
-
-def variable(name: str) -> str:
-    """The environment's name for a field of Config."""
-    return "SHARED_LOCK_" + name.upper()
 
 
 # == Wire: HTTP/1.1 messages over one socket =========================================================================
@@ -602,7 +597,7 @@ class Connection(socketserver.BaseRequestHandler):
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.wire = Wire(self.request)
         self.client = ":".join(map(str, self.client_address[:2]))
-        self.doing = "nothing"
+        self.serving: Head | None = None  # the latest request
         self.server.opened(self)
 
     def finish(self) -> None:
@@ -632,17 +627,12 @@ class Connection(socketserver.BaseRequestHandler):
         except TimeoutError:
             limit = self.server.config.server_read_timeout
             return self._refuse(408, f"the request was not complete after {limit:g}s")
-        self.doing = f"{request.head.method} {request.head.path}"
-        started = time.monotonic()
+        head = self.serving = request.head
         response = self.server.api.answer(request)
-        keep_alive = request.head.keep_alive and not (self.server.draining and not self.wire.rest)
-        if log.isEnabledFor(logging.DEBUG):
-            head, millis = request.head, (time.monotonic() - started) * 1000
-            event(
-                logging.DEBUG, "request", method=head.method, path=head.path, status=response.status, ms=f"{millis:.1f}"
-            )
+        event(logging.DEBUG, "request", client=self.client, method=head.method, path=head.path, status=response.status)
+        keep_alive = head.keep_alive and not (self.server.draining and not self.wire.rest)
         try:
-            self._send(render(response, request.head, keep_alive))
+            self._send(render(response, head, keep_alive))
         except OSError:
             if response.undo:
                 response.undo()
@@ -743,7 +733,7 @@ class Api:
         """POST /lease"""
         headers = request.head.headers
         ttl = _parsed(headers, "x-lease-ttl", parse_ttl, DEFAULT_TTL_SECONDS)
-        wait = _parsed(headers, "x-lease-wait", parse_wait, 0.0)
+        wait = _parsed(headers, "x-lease-wait", seconds_up_to(MOST_WAIT_SECONDS), 0.0)
         key, value = parse_lock(request.body)
         try:
             outcome = self._service.acquire(key, value, ttl, wait, request.hung_up)
@@ -2159,10 +2149,10 @@ class Server(http.server.ThreadingHTTPServer):
         self.draining = False
         self._mutex = threading.Condition()  # owns the set below; told of each connection that closes
         self._connections: set[Connection] = set()
-        super().__init__(("", 0), Connection, bind_and_activate=False)
-        self.socket.close()
-        self.socket = listen(config.server_host, config.server_port)
-        self.server_address = self.socket.getsockname()
+        listener = listen(config.server_host, config.server_port)
+        # TCPServer's own __init__ would make a socket for one family, and HTTPServer's look up our name in the DNS.
+        socketserver.BaseServer.__init__(self, listener.getsockname(), Connection)
+        self.socket = listener
 
     def serve_forever(self, poll_interval: float = 0.1) -> None:
         super().serve_forever(poll_interval)
@@ -2202,7 +2192,9 @@ class Server(http.server.ThreadingHTTPServer):
             while self._connections and (left := deadline - time.monotonic()) > 0:
                 self._mutex.wait(left)
             for connection in self._connections:
-                event(logging.WARNING, "connection cut", client=connection.client, doing=connection.doing)
+                head = connection.serving
+                doing = f"{head.method} {head.path}" if head else "reading a request"
+                event(logging.WARNING, "connection cut", client=connection.client, doing=doing)
 
 
 def listen(host: str, port: int) -> socket.socket:
