@@ -131,11 +131,11 @@ class Grant(NamedTuple):
 
 
 class LeaseInfo(NamedTuple):
-    """A lease that lives: seconds left, seconds granted, and the etcd keys that go with it."""
+    """A lease that lives: seconds left, seconds granted, and, from etcd, the keys that go with it."""
 
     left: int
     granted: int
-    keys: tuple[str, ...]
+    keys: tuple[bytes, ...] = ()
 
 
 def quote(value: object) -> str:
@@ -892,8 +892,8 @@ class Storage(Protocol):
     def renew(self, lease: int) -> int:
         """Starts the lease's ttl again and returns it; 0 where the lease is known to be gone."""
 
-    def revoke(self, lease: int) -> None:
-        """Ends the lease, and with it its keys; one that is gone already is no error."""
+    def release(self, lease: int) -> list[str] | None:
+        """Ends the lease and tells the keys that are free with it; None where there is nothing of ours to end."""
 
     def check(self) -> None:
         """Returns if the storage can serve."""
@@ -988,33 +988,32 @@ class LockService:
             raise
         if ttl:
             self._metrics.count_lease("prolong", "success")
+            if self._cache:
+                self._cache.renewed(lease, started + ttl)
         else:
             self._metrics.count_lease("prolong", "failure")
             event(INFO, "lease is gone", lease=lease)
-        if self._cache:
-            self._cache.renewed(lease, started + ttl if ttl else 0)
+            if self._cache:
+                self._cache.released(lease)
         return ttl
 
     def release(self, lease: int) -> bool:
         """Ends the lease and frees its key at once; False where there is nothing of ours. Raises StorageError."""
         try:
-            info = self._storage.describe(lease)
-            ours = info is not None and all(key.startswith(KEY_PREFIX) for key in info.keys)
-            if ours:
-                self._storage.revoke(lease)
+            keys = self._storage.release(lease)
         except StorageError as fault:
             self._metrics.count_lease("release", "error")
             event(WARNING, "release failed", lease=lease, error=fault)
             raise
-        if self._cache and (ours or info is None):
+        if self._cache:
             self._cache.released(lease)
-        if info is None or not ours:
+        if keys is None:
             self._metrics.count_lease("release", "failure")
             return False
         self._metrics.count_lease("release", "success")
         event(INFO, "released", lease=lease)
-        for key in info.keys:
-            self._line.call(key.removeprefix(KEY_PREFIX))
+        for key in keys:
+            self._line.call(key)
         return True
 
     def take_back(self, lease: int) -> None:
@@ -1148,26 +1147,22 @@ class Cache:
             if seen != self.releases:
                 return
             entry = self._entry(key)
+            self._by_lease.pop(entry.lease, None)
             entry.lease, entry.ends = lease, ends
             self._by_lease[lease] = entry
         self._metrics.count_cache("set", "success")
 
     def renewed(self, lease: int, ends: float) -> None:
-        """A keepalive was answered: the lease lasts until `ends`; 0 where it is gone."""
-        if not ends:
-            self.released(lease)
-            return
+        """A keepalive was answered: the lease lasts until `ends` at least."""
         with self._mutex:
-            entry = self._by_lease.get(lease)
-            if entry and entry.lease == lease:
+            if entry := self._by_lease.get(lease):
                 entry.ends = max(entry.ends, ends)
 
     def released(self, lease: int) -> None:
         """The lease is gone."""
         with self._mutex:
             self.releases += 1
-            entry = self._by_lease.pop(lease, None)
-            if entry and entry.lease == lease:
+            if entry := self._by_lease.pop(lease, None):
                 entry.ends = -math.inf
         if entry:
             self._metrics.count_cache("evict", "success")
@@ -1338,7 +1333,7 @@ class MemoryStorage:
             lock = self._locks.get(lease)
             if lock is None:
                 return None
-            return LeaseInfo(int(lock.ends - self._clock()), lock.ttl, (KEY_PREFIX + lock.key,))
+            return LeaseInfo(int(lock.ends - self._clock()), lock.ttl)
 
     def renew(self, lease: int) -> int:
         with self._mutex:
@@ -1348,10 +1343,13 @@ class MemoryStorage:
             lock.ends = self._clock() + lock.ttl
             return lock.ttl
 
-    def revoke(self, lease: int) -> None:
+    def release(self, lease: int) -> list[str] | None:
         with self._mutex:
-            if lock := self._locks.pop(lease, None):
-                del self._leases[lock.key]
+            self._expire()
+            if not (lock := self._locks.pop(lease, None)):
+                return None
+            del self._leases[lock.key]
+            return [lock.key]
 
     def check(self) -> None:
         pass
@@ -1422,8 +1420,14 @@ class EtcdStorage:
     def renew(self, lease: int) -> int:
         return self._insist(self._renewals.ask, lease, self._deadline())
 
-    def revoke(self, lease: int) -> None:
-        self._insist(self._gateway.revoke, lease, self._deadline())
+    def release(self, lease: int) -> list[str] | None:
+        deadline = self._deadline()
+        info = self._read(self._gateway.time_to_live, lease, deadline)
+        prefix = KEY_PREFIX.encode()
+        if info is None or not all(key.startswith(prefix) for key in info.keys):  # another tenant's, of the same etcd
+            return None
+        self._insist(self._gateway.revoke, lease, deadline)
+        return [key.removeprefix(prefix).decode("utf-8", "replace") for key in info.keys]
 
     def check(self) -> None:
         self._read(self._holders.ask, "", self._deadline())  # on our own prefix: the empty key, which nobody can lock
@@ -1471,8 +1475,8 @@ class EtcdStorage:
     def _end_lease_later(self, lease: int, ends: float) -> None:
         while time.monotonic() < ends:
             try:
-                return self.revoke(lease)
-            except StorageError:  # logged by the gateway, per member and not per try
+                return self._insist(self._gateway.revoke, lease, self._deadline())
+            except StorageError:  # logged per member, not per try
                 time.sleep(1)
 
 
@@ -1577,8 +1581,8 @@ class Gateway:
     def time_to_live(self, lease: int, deadline: float) -> LeaseInfo | None:
         answer = self._post("/lease/timetolive", {"ID": lease, "keys": True}, deadline)
         left = int(answer.get("TTL", 0))
-        keys = (base64.b64decode(key).decode("utf-8", "replace") for key in answer.get("keys", ()))
-        return LeaseInfo(left, int(answer.get("grantedTTL", 0)), tuple(keys)) if left >= 0 else None
+        keys = tuple(map(base64.b64decode, answer.get("keys", ())))
+        return LeaseInfo(left, int(answer.get("grantedTTL", 0)), keys) if left >= 0 else None
 
     def revoke(self, lease: int, deadline: float) -> None:
         """Ends the lease; one that is gone already is as good. It defuses a claim that is still under way, too."""
@@ -1739,7 +1743,7 @@ class EtcdSession:
             status, text = self._exchange(member, path, _to_lines(payload), min(share_ends, deadline))
             if status != 200:
                 raise classify(status, text)
-            answer = _from_lines(text) if isinstance(payload, list) else json.loads(text)
+            answer = _from_lines(text) if isinstance(payload, list) else _from_json(text)
         except Refused:  # it is well enough to say no
             raise
         except (StorageError, ValueError) as fault:
@@ -1858,10 +1862,18 @@ def _to_lines(payload: Any) -> str:
     return " " * _LINES_LEAD + "".join(map(_to_json, payload))
 
 
+def _from_json(text: str) -> dict[str, Any]:
+    """The answer of a call. Raises StorageError, or ValueError for no JSON."""
+    answer = json.loads(text)
+    if not isinstance(answer, dict) or "header" not in answer:  # which etcd never leaves out
+        raise OutcomeUnknown(f"not an answer of etcd: {quote(text)}")
+    return answer
+
+
 def _from_lines(text: str) -> list[dict[str, Any]]:
-    """The answers of a stream. Raises StorageError if there is nothing but an error in it, ValueError for no JSON."""
+    """The answers of a stream. Raises StorageError if none of them is a result, or ValueError for no JSON."""
     answers = [json.loads(line) for line in text.splitlines()]
-    if not any("result" in answer for answer in answers):
+    if not any(isinstance(answer, dict) and "result" in answer for answer in answers):
         raise classify(200, text.partition("\n")[0])
     return answers
 
