@@ -67,6 +67,7 @@ DEFAULT_TTL_SECONDS = 10  # of a POST /lease without x-lease-ttl
 MOST_TTL_SECONDS = 9_000_000_000  # etcd's own limit
 MOST_WAIT_SECONDS = 60  # of x-lease-wait: proxies cut longer silences
 POLL_SECONDS = 0.4  # how late a waiter may learn of a release through another replica
+HUNG_UP_SECONDS = 2  # how late it may be noticed that a waiter's caller has gone
 MOST_BODY_BYTES = 64 << 10  # of a request
 MOST_HEAD_BYTES = 64 << 10  # of a request line, and of the headers together
 MOST_HEADERS = 100
@@ -532,12 +533,16 @@ def parse_headers(lines: Iterable[str]) -> dict[str, str]:
     return headers
 
 
+# curl sends a path as it was typed: UTF-8 that is not percent-encoded is welcome, other bytes are not.
+_REQUEST_LINE = re.compile(rf"({_TOKEN.pattern}) ([^\x00-\x20\x7f\ud800-\udfff]+) HTTP/([0-9])\.([0-9])")
+
+
 def parse_head(data: bytes) -> Head:
     """The request line and the headers. Raises Malformed."""
-    line, *header_lines = data.decode("utf-8", "replace").split("\r\n")
+    line, *header_lines = data.decode("utf-8", "surrogateescape").split("\r\n")
     if len(header_lines) > MOST_HEADERS:
         raise Malformed(431, f"more than {MOST_HEADERS} headers")
-    match = re.fullmatch(r"([!#$%&'*+\-.^_`|~0-9A-Za-z]+) ([!-~]+) HTTP/([0-9])\.([0-9])", line)
+    match = _REQUEST_LINE.fullmatch(line)
     if not match:
         raise Malformed(400, f"not a request line: {quote(line)}")
     method, target, major, minor = match.groups()
@@ -923,11 +928,13 @@ class LockService:
         Raises StorageError (not acquired), OutcomeUnknown, or HungUp.
         """
         if wait:
-            return self._acquire_in_line(key, value, ttl, time.monotonic() + wait, hung_up)
-        if self._cache and (holder := self._cache.holder(key)):
+            outcome = self._acquire_in_line(key, value, ttl, time.monotonic() + wait, hung_up)
+        else:
+            outcome = (self._cache and self._cache.holder(key)) or self._try_to_acquire(key, value, ttl)
+        if isinstance(outcome, Holder):
             self._metrics.count_lease("get", "accepted")
-            return holder
-        return self._try_to_acquire(key, value, ttl)
+            event(DEBUG, "refused", key=key, holder=outcome.lease)
+        return outcome
 
     def _acquire_in_line(
         self, key: str, value: str, ttl: int, deadline: float, hung_up: Callable[[], bool]
@@ -940,11 +947,9 @@ class LockService:
                     raise HungUp("the caller hung up")
                 if isinstance(outcome, Grant) or time.monotonic() >= deadline:
                     return outcome
-                self._line.await_turn(place, deadline)
+                self._line.await_turn(place, deadline, hung_up)
                 if self._line.dismissed:
                     return outcome
-                if hung_up():
-                    raise HungUp("the caller hung up")
 
     def _try_to_acquire(self, key: str, value: str, ttl: int) -> Grant | Holder:
         seen = self._cache.releases if self._cache else 0
@@ -952,19 +957,15 @@ class LockService:
         try:
             outcome = self._storage.acquire(key, value, ttl)
         except StorageError as fault:
-            self._metrics.count_lease("get", "error")
-            event(WARNING, "acquire failed", key=key, error=fault)
+            self._note_failure("get", "acquire failed", key=key, error=fault)
             raise
         if isinstance(outcome, Grant):
             self._metrics.count_grant(time.monotonic() - started)
             event(INFO, "granted", key=key, lease=outcome.lease, ttl=outcome.ttl, token=outcome.token)
             if self._cache:
                 self._cache.remember(key, outcome.lease, started + outcome.ttl, seen)
-        else:
-            self._metrics.count_lease("get", "accepted")
-            event(DEBUG, "refused", key=key, holder=outcome.lease)
-            if self._cache and outcome.lease:
-                self._learn(self._cache, key, outcome.lease, seen)
+        elif self._cache and outcome.lease:
+            self._learn(self._cache, key, outcome.lease, seen)
         return outcome
 
     def _learn(self, cache: Cache, key: str, lease: int, seen: int) -> None:
@@ -983,8 +984,7 @@ class LockService:
         try:
             ttl = self._storage.renew(lease)
         except StorageError as fault:
-            self._metrics.count_lease("prolong", "error")
-            event(WARNING, "keepalive failed", lease=lease, error=fault)
+            self._note_failure("prolong", "keepalive failed", lease=lease, error=fault)
             raise
         if ttl:
             self._metrics.count_lease("prolong", "success")
@@ -1002,8 +1002,7 @@ class LockService:
         try:
             keys = self._storage.release(lease)
         except StorageError as fault:
-            self._metrics.count_lease("release", "error")
-            event(WARNING, "release failed", lease=lease, error=fault)
+            self._note_failure("release", "release failed", lease=lease, error=fault)
             raise
         if self._cache:
             self._cache.released(lease)
@@ -1031,6 +1030,10 @@ class LockService:
             return holder and (holder, None)
         info = self._storage.describe(holder.lease)
         return (holder, info) if info else None  # it ended between the two questions
+
+    def _note_failure(self, operation: str, name: str, **fields: object) -> None:
+        self._metrics.count_lease(operation, "error")
+        event(WARNING, name, **fields)
 
     def readiness(self) -> StorageError | None:
         """What is wrong with the storage; asked at most once a second, however many ask."""
@@ -1079,15 +1082,16 @@ class Line:
                 elif was_first:
                     line[0].set()
 
-    def await_turn(self, place: tuple[str, threading.Event], deadline: float) -> None:
-        """Waits until it is worth asking the storage again, or the deadline."""
+    def await_turn(self, place: tuple[str, threading.Event], deadline: float, hung_up: Callable[[], bool]) -> None:
+        """Waits until it is worth asking the storage again, or the deadline. Raises HungUp."""
         key, mine = place
-        with self._mutex:
-            first = self._lines[key][0] is mine
-            if self.dismissed:
-                return
-        left = max(0.0, deadline - time.monotonic())
-        mine.wait(min(left, POLL_SECONDS) if first else left)
+        called = first = False
+        while not (called or first or self.dismissed) and (left := deadline - time.monotonic()) > 0:
+            with self._mutex:
+                first = self._lines[key][0] is mine
+            called = mine.wait(min(left, POLL_SECONDS if first else HUNG_UP_SECONDS))
+            if hung_up():
+                raise HungUp("the caller hung up")
         mine.clear()
 
     def call(self, key: str) -> None:
@@ -1255,11 +1259,13 @@ class Combiner(Generic[Item, Answer]):
         """Makes one call, for the caller at the head of the queue and all that fit in with it."""
         with self._mutex:
             batch = self._take()
-        answers: Sequence[Answer | StorageError] = [OutcomeUnknown("the call that it shared broke off")] * len(batch)
+        answered: Iterable[tuple[_Place[Item], Answer | StorageError]] = [
+            (place, OutcomeUnknown("the call that it shared broke off")) for place in batch
+        ]
         try:
-            answers = self._answers([place.item for place in batch], deadline)
+            answered = list(zip(batch, self._answers([place.item for place in batch], deadline), strict=True))
         finally:  # whatever happened, nobody is left waiting
-            for place, answer, following in zip(batch, answers, [*batch[1:], None], strict=True):
+            for (place, answer), following in zip(answered, [*batch[1:], None], strict=True):
                 place.answer, place.next = answer, following
             with self._mutex:
                 self._in_flight = bool(self._queue)
@@ -1349,6 +1355,9 @@ class MemoryStorage:
             if not (lock := self._locks.pop(lease, None)):
                 return None
             del self._leases[lock.key]
+            if len(self._expiries) > 2 * len(self._locks):  # half of them have been released: forget those, too
+                self._expiries = [(lock.ends, lease) for lease, lock in self._locks.items()]
+                heapq.heapify(self._expiries)
             return [lock.key]
 
     def check(self) -> None:
@@ -2015,31 +2024,35 @@ def profile_pages() -> dict[str, Callable[[Request], Response]]:
 
 
 def cpu_profile(request: Request) -> Response:
-    """CPU time by stack, over `seconds`: every thread's stack is sampled, and weighs what its thread used since."""
+    """CPU time by stack, over `seconds`: every thread's stack is sampled, and weighs what its thread used since.
+
+    The sampler needs the interpreter, too, so it sees a thread where that lets go of it, mostly in a system call: the
+    sums by caller are right (pprof's cum), the innermost function (flat) is not.
+    """
     text = _query(request).get("seconds", "30")
     if not re.fullmatch("[0-9]{1,3}", text) or not 0 < int(text) <= 300:
         raise BadRequest(f"seconds: not a number from 1 to 300: {quote(text)}")
     samples: collections.Counter[Stack] = collections.Counter()
-    used_before = _cpu_nanos_by_thread()
+    before = _cpu_nanos()
     ends = time.monotonic() + int(text)
     while time.monotonic() < ends:
         time.sleep(1 / _SAMPLES_A_SECOND)
-        used = _cpu_nanos_by_thread()
-        for ident, frame in sys._current_frames().items():
-            if nanos := used.get(ident, 0) - used_before.get(ident, 0):
-                samples[_stack(frame)] += nanos
-        used_before = used
+        used, frames = _cpu_nanos(), sys._current_frames()
+        for thread, nanos in used.items():
+            if (since := nanos - before.get(thread, 0)) > 0 and thread.ident in frames:
+                samples[_stack(frames[thread.ident])] += since
+        before = used
     return _pprof("cpu", "nanoseconds", samples, int(text))
 
 
-def _cpu_nanos_by_thread() -> dict[int, int]:
-    """CPU time of each thread by its ident. Of a thread that has just ended there is none."""
+def _cpu_nanos() -> dict[threading.Thread, int]:
+    """CPU time of each thread."""
     used = {}
     for thread in threading.enumerate():
-        with contextlib.suppress(OSError):
-            # Linux' clock of a thread by its kernel ID, as glibc makes it; time.pthread_getcpuclockid() may crash
+        with contextlib.suppress(OSError):  # it has just ended
+            # Linux' clock of a thread by its kernel ID, made as glibc does; time.pthread_getcpuclockid() may crash
             # on a thread that has ended.
-            used[thread.ident or 0] = time.clock_gettime_ns(~(thread.native_id or 0) << 3 | 6)
+            used[thread] = time.clock_gettime_ns(~(thread.native_id or 0) << 3 | 6)
     return used
 
 
@@ -2049,8 +2062,28 @@ def heap_profile(request: Request) -> Response:
 
     samples: collections.Counter[Stack] = collections.Counter()
     for trace in tracemalloc.take_snapshot().traces:
-        samples[tuple(("", frame.filename, frame.lineno) for frame in reversed(trace.traceback))] += trace.size
+        stack = [
+            (_functions(at.filename).get(at.lineno, at.filename), at.filename, at.lineno) for at in trace.traceback
+        ]
+        samples[tuple(reversed(stack))] += trace.size
     return _pprof("inuse_space", "bytes", samples)
+
+
+@functools.cache
+def _functions(file: str) -> dict[int, str]:
+    """The function at each line of a source file, which tracemalloc does not know; empty where there is no source."""
+    by_line: dict[int, str] = {}
+
+    def walk(code: types.CodeType) -> None:
+        by_line.update((line, code.co_qualname) for _, _, line in code.co_lines() if line)
+        for inner in code.co_consts:
+            if isinstance(inner, types.CodeType):
+                walk(inner)
+
+    with contextlib.suppress(OSError, SyntaxError, ValueError):
+        with open(file, "rb") as source:
+            walk(compile(source.read(), file, "exec"))
+    return by_line
 
 
 def thread_stacks(request: Request) -> Response:
