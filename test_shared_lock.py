@@ -170,8 +170,9 @@ class Daemon:
         self.port = int(served[1])
         self.url = f"http://127.0.0.1:{self.port}"
 
-    def _ended(self) -> None:
+    def _ended(self) -> re.Match[str] | None:
         assert self.process.poll() is None, self.log()
+        return None
 
     def log(self) -> str:
         return self.log_path.read_text()
