@@ -32,6 +32,7 @@ import collections
 import contextlib
 import datetime
 import email.utils
+import errno
 import functools
 import heapq
 import http
@@ -109,6 +110,10 @@ class Unavailable(StorageError):
 
 class OutcomeUnknown(StorageError):
     """The request may have been applied, or may yet be: only safe to repeat in a form that cannot apply twice."""
+
+
+class Stale(OutcomeUnknown):
+    """A kept connection turned out to be closed, which says nothing about the member at its other end."""
 
 
 class ConfigError(Exception):
@@ -310,9 +315,10 @@ class Config:
             name = "client_cert_path"
             self._show_certificate(context)
         except OSError as fault:  # ssl.SSLError is one
-            belongs = "" if name == "ca_cert_path" else f" that belongs to the key {quote(self.client_key_path)}"
+            of_key = f" for {variable('client_key_path')}={quote(self.client_key_path)}, an open key in PEM"
             raise ConfigError(
-                f"{variable(name)}: not a certificate in PEM{belongs}: {quote(getattr(self, name))}"
+                f"{variable(name)}: not a certificate in PEM{of_key if name == 'client_cert_path' else ''}:"
+                f" {quote(getattr(self, name))}"
             ) from fault
         for address in self.etcd_addr_list:
             if address.tls is False:
@@ -370,7 +376,7 @@ class Wire:
         """A message's first line and headers, up to and without the blank line."""
         start = 0
         while (end := self.rest.find(b"\r\n\r\n", start)) < 0:
-            if len(self.rest) > 2 * MOST_HEAD_BYTES:
+            if len(self.rest) > 2 * MOST_HEAD_BYTES + 6:  # and three line ends
                 break
             if b"\n\n" in self.rest:
                 raise Malformed(400, "a line ends in a line feed without a carriage return")
@@ -412,8 +418,9 @@ class Wire:
             if self._exactly(2, deadline) != b"\r\n":
                 raise Malformed(400, "a chunk is longer than it said")
         for _ in range(MOST_HEADERS):
-            if not self._line(deadline):
+            if not (trailer := self._line(deadline)):
                 return
+            parse_headers([trailer.decode("latin-1")])
         raise Malformed(431, f"more than {MOST_HEADERS} trailers")
 
     def _chunk_size(self, deadline: float) -> int:
@@ -428,6 +435,8 @@ class Wire:
                 raise Malformed(400, "a line between chunks is longer than 4096 bytes")
             self.receive(deadline)
         line, self.rest = self.rest[:end], self.rest[end + 2 :]
+        if b"\n" in line or b"\r" in line:
+            raise Malformed(400, "a line between chunks is not ended by a carriage return with a line feed")
         return line
 
     def _exactly(self, count: int, deadline: float) -> bytes:
@@ -619,8 +628,7 @@ class Connection(socketserver.BaseRequestHandler):
 
     def _serve_one(self) -> bool:
         """Answers the next request; False when the connection is to be closed."""
-        if not self.wire.rest:
-            self._await_request()
+        self._await_request()
         try:
             request = self._read_request(_deadline(self.server.config.server_read_timeout))
         except Malformed as fault:
@@ -641,25 +649,29 @@ class Connection(socketserver.BaseRequestHandler):
         return keep_alive
 
     def _await_request(self) -> None:
-        self.idle = True
-        if self.server.draining:
-            raise EOFError("shutting down")
-        self.wire.receive(_deadline(self.server.config.server_idle_timeout))
+        """Waits for a request's first byte. Empty lines before it are skipped: RFC 9112, 2.2."""
+        self.serving = None
+        while not self.wire.rest.lstrip(b"\r\n"):
+            self.wire.rest = b""
+            self.idle = True
+            if self.server.draining:
+                raise EOFError("shutting down")
+            self.wire.receive(_deadline(self.server.config.server_idle_timeout))
         self.idle = False
+        self.wire.rest = self.wire.rest.lstrip(b"\r\n")
 
     def _read_request(self, deadline: float) -> Request:
-        while self.wire.rest[:2] == b"\r\n":  # RFC 9112, 2.2: an empty line before a request is skipped
-            self.wire.rest = self.wire.rest[2:]
         data = self.wire.head(deadline)
         head = _parse_short_head(data) if len(data) < 1024 else parse_head(data)
-        if head.headers.get("expect", "").lower() == "100-continue" and not self.wire.rest:
+        if head.headers.get("expect", "").lower() == "100-continue" and head.version != "HTTP/1.0":
             self._invite(head)
         return Request(head, self.wire.body(head.headers, MOST_BODY_BYTES, deadline), self._hung_up)
 
     def _invite(self, head: Head) -> None:
-        """Asks for a body that the caller holds back until then, unless it will be refused anyway."""
+        """Asks for a body that the caller holds back until then, unless it has come or will be refused anyway."""
         length = head.headers.get("content-length", "0")
-        if not length.isdigit() or len(length) < 9 and int(length) <= MOST_BODY_BYTES:
+        fits = length.isascii() and length.isdigit() and len(length) < 9 and int(length) <= MOST_BODY_BYTES
+        if fits and not self.wire.rest:
             self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _refuse(self, status: int, text: str) -> bool:
@@ -807,7 +819,11 @@ def _parsed(headers: Mapping[str, str], name: str, parse: Callable[[str], _Parse
 
 
 # An integer too long for int64 becomes a float, as in JavaScript; Python would refuse 4,300 digits as no JSON at all.
-_JSON = json.JSONDecoder(parse_int=lambda digits: int(digits) if len(digits) <= 20 else float(digits))
+# NaN and Infinity, which Python reads and JSON does not have, are refused.
+_JSON = json.JSONDecoder(
+    parse_int=lambda digits: int(digits) if len(digits) <= 20 else float(digits),
+    parse_constant=lambda name: float(f"not JSON: {name}"),
+)
 
 
 def _parse_json(body: bytes) -> Any:
@@ -841,7 +857,7 @@ def _checked_text(name: str, text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as fault:
-        raise BadRequest(f"{name}: not Unicode text, a surrogate stands alone: {ascii(text[:100])}") from fault
+        raise BadRequest(f"{name}: not Unicode text, a surrogate stands alone: {text[:100]!a}") from fault
     return text
 
 
@@ -1018,10 +1034,8 @@ class LockService:
     def take_back(self, lease: int) -> None:
         """Releases a lock whose caller has gone before it was told."""
         event(INFO, "caller has gone, lock taken back", lease=lease)
-        try:
+        with contextlib.suppress(StorageError):  # logged by release; the lease ends with its ttl
             self.release(lease)
-        except StorageError:  # logged by release; the lease ends with its ttl
-            pass
 
     def look(self, key: str) -> tuple[Holder, LeaseInfo | None] | None:
         """Who holds the key, and its lease (None: held without one); None where it is free. Raises StorageError."""
@@ -1484,7 +1498,8 @@ class EtcdStorage:
     def _end_lease_later(self, lease: int, ends: float) -> None:
         while time.monotonic() < ends:
             try:
-                return self._insist(self._gateway.revoke, lease, self._deadline())
+                self._insist(self._gateway.revoke, lease, self._deadline())
+                break
             except StorageError:  # logged per member, not per try
                 time.sleep(1)
 
@@ -1637,8 +1652,8 @@ GRPC_REFUSALS = frozenset({3, 5, 6, 7, 8, 9, 11, 12, 16})
 def classify(status: int, text: str) -> StorageError:
     """What an answer of etcd other than 200 means; by gRPC code, since HTTP codes differ between releases.
 
-    Shapes: {"error": M, "code": N}; 3.6 {"message": M, "code": N}; of a stream {"error": {"grpc_code": N, "message": M}}
-    or, 3.6, {"error": {"code": N, "message": M}}; and plain text.
+    Shapes: {"error": M, "code": N} and, 3.6, {"message": M, "code": N}; of a stream {"error": {"grpc_code": N,
+    "message": M}} and, 3.6, {"error": {"code": N, "message": M}}; and plain text.
     """
     try:
         answer = json.loads(text)
@@ -1675,6 +1690,7 @@ class Member:
         self.idle: list[Wire] = []  # append and pop are atomic; the most recently used is taken first
         self.fault: str | None = None
         self.failed_at = -math.inf
+        self.watched = False  # a thread looks whether it is well
         self.headers = (
             f" HTTP/1.1\r\nHost: {address}\r\nContent-Type: application/json\r\n"
             # Without a leader a member says so at once, and certainly has not applied the call (etcd-io/etcd 10819).
@@ -1700,7 +1716,7 @@ class Reply:
 
 
 PAUSE_SECONDS = 0.1  # between two tries of one member that failed
-PROBE_SECONDS = 1.0  # between two looks at a sick member
+WATCH_SECONDS = 1.0  # between two looks at a sick member
 
 
 class EtcdSession:
@@ -1717,14 +1733,14 @@ class EtcdSession:
         random.shuffle(members)  # so that replicas that start together do not all begin with the same
         # A frozen member shows by a timeout only, so a try has a share of the budget: all members fit in, one twice.
         self._share_seconds = config.etcd_timeout / (len(members) + 1)
-        self._mutex = threading.Lock()  # owns the order of members, their faults, and the flag
+        self._mutex = threading.Lock()  # owns the order of members, and what each tells of its health
         self._members = members
-        self._probing = False
 
     def start(self) -> None:
         """Looks at every member in the background, so that the log tells at once what is wrong."""
-        self._probing = True
-        threading.Thread(target=self._probe, args=(self._members,), daemon=True).start()
+        for member in self._members:
+            member.watched = True
+            threading.Thread(target=self._watch, args=(member,), daemon=True).start()
 
     def post(self, url: str, *, json: Any, timeout: float | None, deadline: float) -> Reply:
         """One try on one member. The host in etcd3gw's url means nothing here; a list is sent as JSON lines.
@@ -1735,16 +1751,18 @@ class EtcdSession:
         return self._ask(self._pick(deadline), "/" + url.split("/", 3)[3], json, deadline)
 
     def _pick(self, deadline: float) -> Member:
-        for member in self._members:
-            if member.fault is None:
+        """The first that is well; while none is, each in turn, with a pause before one is tried again."""
+        while True:
+            for member in self._members:
+                if member.fault is None:
+                    return member
+            member = min(self._members, key=lambda member: member.failed_at)
+            pause = min(member.failed_at + PAUSE_SECONDS, deadline) - time.monotonic()
+            if time.monotonic() >= deadline:
+                raise Unavailable(f"{member}: {member.fault}")
+            if pause <= 0:
                 return member
-        member = min(self._members, key=lambda member: member.failed_at)
-        pause = min(member.failed_at + PAUSE_SECONDS, deadline) - time.monotonic()
-        if pause > 0:
             time.sleep(pause)
-        if time.monotonic() >= deadline:
-            raise Unavailable(f"{member}: {member.fault}")
-        return member
 
     def _ask(self, member: Member, path: str, payload: Any, deadline: float) -> Reply:
         share_ends = time.monotonic() + self._share_seconds
@@ -1753,8 +1771,10 @@ class EtcdSession:
             if status != 200:
                 raise classify(status, text)
             answer = _from_lines(text) if isinstance(payload, list) else _from_json(text)
-        except Refused:  # it is well enough to say no
-            raise
+        except Refused as fault:  # it is well enough to say no
+            raise Refused(f"{member}: {fault}", fault.code) from fault
+        except Stale as fault:
+            raise Stale(f"{member}: {fault}") from fault
         except (StorageError, ValueError) as fault:
             # A try whose time was cut short by the caller's budget says nothing about the member.
             if share_ends <= deadline or time.monotonic() < deadline:
@@ -1766,30 +1786,25 @@ class EtcdSession:
         return Reply(text, answer)
 
     def _exchange(self, member: Member, path: str, body: str, deadline: float) -> tuple[int, str]:
-        """Status and body of the answer. A kept connection that etcd has closed meanwhile is replaced."""
+        """Status and body of the answer. Raises Stale for a kept connection that etcd has closed meanwhile."""
         request = b"POST %b%b%d\r\n\r\n%b" % (path.encode(), member.headers, len(body), body.encode())
-        sent = False
-        while True:
-            try:
-                wire, kept = member.idle.pop(), True
-            except IndexError:
-                wire, kept = self._connect(member, deadline, sent), False
-            sent = True
-            try:
-                return _converse(member, wire, request, deadline)
-            except (OSError, EOFError, Malformed, ValueError) as fault:
-                wire.sock.close()
-                if kept and not wire.rest and isinstance(fault, (ConnectionError, EOFError, ssl.SSLError)):
-                    _close_all(member.idle)  # they are of the same age
-                elif not kept and isinstance(fault, ssl.SSLError):
-                    raise Unavailable(_reason(fault)) from fault  # TLS 1.3 refuses a client after the handshake
-                elif not kept and not member.tls and isinstance(fault, EOFError):
-                    raise OutcomeUnknown(f"{_reason(fault)}; is it https?") from fault
-                else:
-                    raise OutcomeUnknown(_reason(fault)) from fault
+        try:
+            wire, kept = member.idle.pop(), True
+        except IndexError:
+            wire, kept = self._connect(member, deadline), False
+        try:
+            return _converse(member, wire, request, deadline)
+        except (OSError, EOFError, Malformed, ValueError) as fault:
+            wire.sock.close()
+            if kept and not wire.rest and isinstance(fault, (ConnectionError, EOFError, ssl.SSLError)):
+                _close_all(member.idle)  # they are of the same age
+                raise Stale(_reason(fault)) from fault
+            if not kept and isinstance(fault, ssl.SSLError):
+                raise Unavailable(_reason(fault)) from fault  # TLS 1.3 refuses a client after the handshake
+            hint = "; is it https?" if not kept and not member.tls and isinstance(fault, EOFError) else ""
+            raise OutcomeUnknown(_reason(fault) + hint) from fault
 
-    def _connect(self, member: Member, deadline: float, sent: bool) -> Wire:
-        """A new connection. Raises Unavailable, or OutcomeUnknown if the request was sent over another before."""
+    def _connect(self, member: Member, deadline: float) -> Wire:
         try:
             left = max(0.001, deadline - time.monotonic())
             sock = socket.create_connection((member.address.host, member.address.port), left)
@@ -1800,7 +1815,7 @@ class EtcdSession:
             else:
                 sock.settimeout(None)
         except (OSError, ValueError) as fault:
-            raise (OutcomeUnknown if sent else Unavailable)(_reason(fault)) from fault
+            raise Unavailable(_reason(fault)) from fault
         return Wire(sock)
 
     def _is_sick(self, member: Member, fault: str) -> None:
@@ -1808,11 +1823,11 @@ class EtcdSession:
         with self._mutex:
             before, member.fault, member.failed_at = member.fault, fault, time.monotonic()
             self._members = [other for other in self._members if other is not member] + [member]
-            start, self._probing = not self._probing, True
+            watched, member.watched = member.watched, True
         if before is None:
             event(WARNING, "etcd member failed", member=member, reason=fault)
-        if start:
-            threading.Thread(target=self._probe, args=([],), daemon=True).start()
+        if not watched:
+            threading.Thread(target=self._watch, args=(member,), daemon=True).start()
 
     def _is_well(self, member: Member) -> None:
         with self._mutex:
@@ -1820,18 +1835,16 @@ class EtcdSession:
         if before is not None:
             event(INFO, "etcd member is well again", member=member)
 
-    def _probe(self, members: list[Member]) -> None:
-        """Looks at these members, then at the sick ones every PROBE_SECONDS, until all are well."""
+    def _watch(self, member: Member) -> None:
+        """Looks at the member, off the path of any request, until it is well."""
         while True:
-            for member in members:
-                with contextlib.suppress(StorageError):  # what is wrong is noted by _ask
-                    self._ask(member, "/v3/kv/range", {"key": _key64("")}, time.monotonic() + self._share_seconds)
+            with contextlib.suppress(StorageError):  # what is wrong is noted by _ask
+                self._ask(member, "/v3/kv/range", {"key": _key64("")}, time.monotonic() + self._share_seconds)
             with self._mutex:
-                members = [member for member in self._members if member.fault is not None]
-                if not members:
-                    self._probing = False
+                if member.fault is None:
+                    member.watched = False
                     return
-            time.sleep(PROBE_SECONDS)
+            time.sleep(WATCH_SECONDS)
 
 
 @functools.lru_cache(maxsize=256)  # the answers of one second are alike
@@ -1897,8 +1910,10 @@ def _reason(fault: Exception) -> str:
     """One line about why a connection failed."""
     if isinstance(fault, ssl.SSLCertVerificationError):
         return f"TLS: its certificate is not accepted: {fault.verify_message}"
-    if isinstance(fault, ssl.SSLError) and fault.reason == "WRONG_VERSION_NUMBER":
-        return "TLS: it does not speak TLS; is it http?"
+    if isinstance(fault, ssl.SSLEOFError) or (
+        isinstance(fault, ssl.SSLError) and fault.reason == "WRONG_VERSION_NUMBER"
+    ):
+        return "TLS: it does not answer in TLS; is it http?"
     if isinstance(fault, ssl.SSLError):
         return f"TLS: {(fault.reason or str(fault)).lower().replace('_', ' ')}"
     if isinstance(fault, OSError) and fault.strerror:
@@ -2080,9 +2095,8 @@ def _functions(file: str) -> dict[int, str]:
             if isinstance(inner, types.CodeType):
                 walk(inner)
 
-    with contextlib.suppress(OSError, SyntaxError, ValueError):
-        with open(file, "rb") as source:
-            walk(compile(source.read(), file, "exec"))
+    with contextlib.suppress(OSError, SyntaxError, ValueError), open(file, "rb") as source:
+        walk(compile(source.read(), file, "exec"))
     return by_line
 
 
@@ -2168,7 +2182,7 @@ def event(level: str, name: str, **fields: object) -> None:
     """
     if not log_level[level]:
         return
-    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
     words = [f"time={now[:-6]}Z level={level} event={_plain(name)}"]
     words += [f"{key}={_plain(value)}" for key, value in fields.items()]
     with contextlib.suppress(OSError):  # a log that nobody reads any more does not stop the locks
@@ -2243,12 +2257,16 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; an empty host is every address. Raises OSError."""
+    """A listening socket; an empty host is every address, IPv6 with IPv4 where there is IPv6. Raises OSError."""
     if not host and socket.has_dualstack_ipv6():
-        with contextlib.suppress(OSError):
+        try:
             return socket.create_server(("", port), family=socket.AF_INET6, backlog=1024, dualstack_ipv6=True)
-    family = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
-    return socket.create_server((host, port), family=family, backlog=1024)
+        except OSError as fault:
+            if fault.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
+                raise
+    flags = socket.AI_PASSIVE
+    family, _, _, _, address = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM, flags=flags)[0]
+    return socket.create_server(address, family=family, backlog=1024)
 
 
 def _where(fault: BaseException | None) -> str:
@@ -2278,10 +2296,12 @@ def serve(config: Config) -> int:
     service = LockService(open_storage(config), metrics, cache)
     try:
         server = Server(config, Api(service, metrics, config.pprof_enabled))
-    except socket.gaierror as fault:
-        raise ConfigError(f"{variable('server_host')}: {fault.strerror}: {quote(config.server_host)}") from fault
-    except OSError as fault:
-        print(f"shared-lock: cannot listen on port {config.server_port}: {fault.strerror}", file=sys.stderr)
+    except (OSError, UnicodeError) as fault:
+        if not isinstance(fault, OSError) or fault.errno not in (errno.EADDRINUSE, errno.EACCES):
+            host = quote(config.server_host)
+            raise ConfigError(f"{variable('server_host')}: not an address of this machine: {host}") from fault
+        reason = os.strerror(fault.errno).lower()
+        print(f"shared-lock: cannot listen on port {config.server_port}: {reason}", file=sys.stderr)
         return 1
     stop = threading.Event()
 
@@ -2293,8 +2313,8 @@ def serve(config: Config) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    host, port = server.server_address[:2]
-    event(INFO, "serving", address=Address(str(host), int(port), None), storage=config.storage_type)
+    host, port = server.socket.getsockname()[:2]
+    event(INFO, "serving", address=Address(host, port), storage=config.storage_type)
     stop.wait()
     event(INFO, "stopping")
     server.drain(config.server_shutdown_timeout)

@@ -9,25 +9,45 @@ SHARED_LOCK_TEST_PYTHON, else on this one.
 
 from __future__ import annotations
 
+import ast
 import base64
+import collections
 import contextlib
+import dataclasses
+import gzip
 import http.client
+import http.server
+import importlib.metadata
 import itertools
 import json
+import math
 import os
+import queue
+import random
 import re
+import resource
+import select
 import shutil
 import signal
 import socket
+import statistics
+import struct
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+import urllib.parse
 from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for_any
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, ClassVar, NamedTuple
 
+import etcd3gw
 import pytest
 
+import example
 import shared_lock
 
 HERE = Path(__file__).parent
@@ -187,9 +207,7 @@ class Daemon:
             return Answer(answer.status, answer.read(), {name.lower(): value for name, value in answer.getheaders()})
 
     def acquire(self, key: str, ttl: str = "60s", value: str = "", **headers: str) -> Answer:
-        return self.request(
-            "POST", "/lease", json.dumps({"key": key, "value": value}), {"x-lease-ttl": ttl, **headers}
-        )
+        return self.request("POST", "/lease", json.dumps({"key": key, "value": value}), {"x-lease-ttl": ttl, **headers})
 
     def keep_alive(self, lease: str | bytes) -> Answer:
         return self.request("POST", "/keepalive", lease)
@@ -310,3 +328,3630 @@ def test_the_key_stands_in_etcd_as_the_go_service_writes_it(on_etcd: Daemon, etc
         "lease": int(answer.text),
         "value": "von Ä bis 🔒".encode(),
     }
+
+
+HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+KIB64 = 65_536
+
+
+class Talk:
+    """One raw connection: bytes in, answers out."""
+
+    def __init__(self, daemon: Daemon, data: bytes = b"") -> None:
+        self.sock = daemon.connect()
+        self.port = self.sock.getsockname()[1]
+        self._file = self.sock.makefile("rb")
+        self.say(data)
+
+    def say(self, data: bytes) -> None:
+        """Sends it, as far as the daemon takes it."""
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self.sock.sendall(data)
+
+    def answer(self, method: str = "GET") -> Answer:
+        line = self._file.readline()
+        match = re.fullmatch(rb"HTTP/1\.1 ([0-9]{3}) [\w -]+\r\n", line)
+        assert match, line
+        headers: dict[str, str] = {}
+        while (line := self._file.readline()) != b"\r\n":
+            name, _, value = line.decode().partition(": ")
+            headers[name.lower()] = value.rstrip("\r\n")
+        status = int(match[1])
+        length = 0 if method == "HEAD" or status in (100, 204) else int(headers["content-length"])
+        return Answer(status, self._file.read(length), headers)
+
+    def rest(self) -> bytes:
+        """What comes until the daemon ends the connection."""
+        data = b""
+        with contextlib.suppress(ConnectionResetError):
+            while part := self._file.read1():
+                data += part
+        return data
+
+    def close(self) -> None:
+        self._file.close()
+        self.sock.close()
+
+
+def talk(daemon: Daemon, data: bytes) -> Answer:
+    """The first answer to these bytes."""
+    with contextlib.closing(Talk(daemon, data)) as client:
+        return client.answer()
+
+
+def post(body: bytes, *headers: bytes, path: bytes = b"/lease", version: bytes = b"1.1") -> bytes:
+    """A POST as it stands on the wire; without headers of its own it gets a Content-Length."""
+    lines = [b"POST " + path + b" HTTP/" + version, b"Host: x", *(headers or (b"Content-Length: %d" % len(body),))]
+    return b"\r\n".join(lines) + b"\r\n\r\n" + body
+
+
+def lock_body(key: str, size: int = 0) -> bytes:
+    """The body that asks for this lock, of so many bytes."""
+    body = json.dumps({"key": key, "value": ""}).encode()
+    return body[:-2] + b"x" * max(0, size - len(body)) + body[-2:]
+
+
+def chunks(*parts: bytes) -> bytes:
+    return b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (*parts, b""))
+
+
+def one_line(answer: Answer, *shown: str) -> None:
+    """An error's body is one line of plain text and shows these."""
+    assert answer.headers["content-type"] == "text/plain; charset=utf-8"
+    assert answer.text.strip() and answer.text.count("\n") == answer.text.endswith("\n"), answer.text
+    assert all(text in answer.text for text in shown), answer.text
+
+
+SERVE = [str(HERE / "shared_lock.py"), "serve"]
+
+
+def run_module(arguments: list[str], /, **env: str) -> subprocess.CompletedProcess[str]:
+    """Python with these arguments, to its end; `env` as for Daemon."""
+    settings = clean_env() | {f"SHARED_LOCK_{name}": value for name, value in env.items()}
+    command = [PYTHON, *arguments]
+    return subprocess.run(command, env=settings, stdin=subprocess.DEVNULL, text=True, capture_output=True, timeout=10)
+
+
+# == Front door ======================================================================================================
+
+
+def test_pipelined_requests_are_answered_in_order(on_memory: Daemon) -> None:
+    client = Talk(on_memory, b"".join(b"GET /p%d HTTP/1.1\r\n\r\n" % n for n in range(500)))
+
+    client.sock.shutdown(socket.SHUT_WR)  # who says no more still listens
+    answers = [client.answer() for _ in range(500)]
+
+    assert [f'"/p{n}"' in answer.text for n, answer in enumerate(answers)] == [True] * 500
+    assert client.rest() == b""
+
+
+def test_a_request_in_single_bytes_is_read_and_the_next_one_too(on_memory: Daemon, key: str) -> None:
+    client = Talk(on_memory)
+    for byte in post(lock_body(key)):
+        client.say(bytes([byte]))
+
+    first = client.answer()
+    client.say(b"\r")  # RFC 9112, 2.2: an empty line before a request is skipped
+    time.sleep(0.1)
+    client.say(b"\n" + HEALTH)
+    second = client.answer()
+
+    assert (first.status, second.status) == (201, 200)
+
+
+@pytest.mark.parametrize("version, option, kept", [
+    (b"1.1", b"", True), (b"1.1", b"close", False), (b"1.1", b"foo, Close", False), (b"1.1", b"keep-alive", True),
+    (b"1.0", b"", False), (b"1.0", b"Keep-Alive", True), (b"1.0", b"close", False),
+])  # fmt: skip
+def test_a_connection_is_kept_as_its_version_and_header_say(
+    on_memory: Daemon, version: bytes, option: bytes, kept: bool
+) -> None:
+    header = b"Connection: %s\r\n" % option if option else b""
+    client = Talk(on_memory, b"GET /health HTTP/%s\r\n%s\r\n" % (version, header) + HEALTH)
+
+    first = client.answer()
+
+    assert (first.status, first.headers.get("connection") != "close") == (200, kept)
+    assert (version, kept) != (b"1.0", True) or first.headers["connection"].lower() == "keep-alive"
+    if kept:
+        assert client.answer().status == 200
+    else:
+        assert client.rest() == b""
+
+
+@pytest.mark.parametrize("cut", [1, 7, 1000])
+def test_a_chunked_body_is_read_whatever_its_chunks(daemon: Daemon, key: str, cut: int) -> None:
+    body = lock_body(key, 200)
+    parts = [body[at : at + cut] for at in range(0, len(body), cut)]
+    coded = chunks(*parts).replace(b"\r\n", b' ;name="a;b"\r\n', 1)[:-2] + b"Trailer: x\r\nOther:\r\n\r\n"
+    client = Talk(daemon, post(b"", b"Transfer-Encoding: Chunked"))
+
+    for at in range(0, len(coded), 200):
+        time.sleep(0.02)
+        client.say(coded[at : at + 200])
+    first = client.answer()
+    client.say(HEALTH)
+
+    assert (first.status, client.answer().status) == (201, 200)
+
+
+@pytest.mark.parametrize("body", [
+    b"\r\n", b"x\r\n", b"-5\r\nhello\r\n", b"+5\r\nhello\r\n", b"0x5\r\nhello\r\n", b"5 5\r\nhello\r\n",
+    b" 5\r\nhello\r\n", b"1_0\r\n", b"5\nhello\r\n", b"5\r\nhello!\r\n", b"5\r\nhello0\r\n\r\n", b"5;a\nb\r\nhello\r\n",
+    b";a\r\n", b"\xd9\xa5\r\nhello\r\n", b"5;" + b"x" * 70_000,
+])  # fmt: skip
+def test_a_chunk_that_is_none_is_refused(on_memory: Daemon, body: bytes) -> None:
+    client = Talk(on_memory, post(body + b"0\r\n\r\n", b"Transfer-Encoding: chunked"))
+
+    answer = client.answer()
+
+    assert (answer.status, answer.headers["connection"], client.rest()) == (400, "close", b"")
+    one_line(answer)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_of_64_kib_is_served_and_a_byte_more_is_413(daemon: Daemon, key: str, chunked: bool) -> None:
+    def send(body: bytes) -> Answer:
+        coded = post(chunks(*(body[at : at + 1000] for at in range(0, len(body), 1000))), b"Transfer-Encoding: chunked")
+        return talk(daemon, coded if chunked else post(body))
+
+    answers = send(lock_body(key, KIB64 + 1)), send(lock_body(key, KIB64))
+
+    assert [answer.status for answer in answers] == [413, 201]
+    one_line(answers[0])
+
+
+@pytest.mark.parametrize("header", [
+    b"Content-Length: 100000000", b"Content-Length: " + b"9" * 5000, b"Transfer-Encoding: chunked",
+])  # fmt: skip
+def test_413_arrives_although_the_client_is_still_sending(on_memory: Daemon, header: bytes) -> None:
+    client = Talk(on_memory, post(b"", header))
+
+    for _ in range(80):
+        client.say(b"10000\r\n" + b"x" * KIB64 + b"\r\n")
+    answer = client.answer()
+
+    assert (answer.status, answer.headers["connection"], client.rest()) == (413, "close", b"")
+
+
+def test_100_continue_is_said_before_the_body_and_never_for_one_that_is_refused(daemon: Daemon, key: str) -> None:
+    body = lock_body(key)
+    expect = b"Expect: 100-Continue"
+    client = Talk(daemon, post(b"", b"Content-Length: %d" % len(body), expect))
+    chunked = Talk(daemon, post(b"", b"Transfer-Encoding: chunked", expect))
+
+    invitations = client.answer(), chunked.answer()
+    client.say(body)
+    answer = client.answer()
+    chunked.say(chunks(body))
+    refusal = talk(daemon, post(b"", b"Content-Length: 65537", expect))
+    at_once = talk(daemon, post(body, b"Content-Length: %d" % len(body), expect))
+    old = talk(daemon, post(body[:3], b"Content-Length: 3", expect, version=b"1.0"))
+
+    assert [one.status for one in invitations] == [100, 100]
+    assert (answer.status, chunked.answer().status) == (201, 202)
+    assert (refusal.status, at_once.status, old.status) == (413, 202, 400)
+
+
+def test_an_http_1_0_client_never_sees_100_continue(on_memory: Daemon, key: str) -> None:
+    body = lock_body(key)
+    client = Talk(on_memory, post(b"", b"Content-Length: %d" % len(body), b"Expect: 100-continue", version=b"1.0"))
+
+    early, _, _ = select.select([client.sock], [], [], 0.3)
+    client.say(body)
+
+    assert not early  # RFC 9110, 10.1.1
+    assert client.answer().status == 201
+
+
+LENGTHS = [b"+2", b"-2", b"", b" ", b"0x2", b"2.0", b"2 2", b"2,2", b"2;", b"1_0", b"\xc2\xb2", b"\xd9\xa2", b"\xff"]
+
+
+@pytest.mark.parametrize("request_, shown", [
+    *((post(b"{}", b"Content-Length: " + text), "content-length") for text in LENGTHS),
+    (post(b"{}", b"Content-Length: 2", b"Content-Length: 2"), "content-length"),
+    (post(b"{}", b"Content-Length: 2", b"A: b", b"content-length: 3"), "content-length"),
+    (post(b"2\r\n{}\r\n0\r\n\r\n", b"Transfer-Encoding: chunked", b"Content-Length: 12"), "content-length"),
+    (post(b"2\r\n{}\r\n0\r\n\r\n", b"Content-Length: 12", b"Transfer-Encoding: chunked"), "content-length"),
+    (post(b"0\r\n\r\n", b"Transfer-Encoding: gzip"), '"gzip"'),
+    (post(b"0\r\n\r\n", b"Transfer-Encoding: chunked, gzip"), "gzip"),
+    (post(b"0\r\n\r\n", b"Transfer-Encoding: chunked", b"Transfer-Encoding: chunked"), "chunked"),
+    (post(b"0\r\n\r\n", b"Transfer-Encoding: chunked", version=b"1.0"), "transfer-encoding"),
+    *((b"GET /health HTTP/1.1\r\n" + lines + b"\r\n\r\n", shown) for lines, shown in [
+        (b"Host : x", "Host : x"), (b"Host\t: x", "Host"), (b"A: b\r\n folded", " folded"), (b" A: b", " A: b"),
+        (b"A: b\r\n\tfolded: c", "folded: c"), (b"no colon", "no colon"), (b": nameless", ": nameless"),
+        (b"A: b\nC: d", "A: b"), (b"A: b\rC: d", "A: b"), (b"A: b\0c", "A: b"), (b"A: \x1b[31m", "A: "),
+        (b"A: \x7f", "A: "), (b"A(b): c", "A(b): c"), (b"\xc3\xa4: c", "ä: c")
+    ]),
+    (b"GET /health HTTP/1.1\nHost: x\n\n", "line"), (b"GET /health HTTP/1.1\r\nHost: x\n\n\r\n\r\n", ""),
+    *((line + b"\r\n\r\n", line.decode("latin-1")[:20]) for line in [
+        b"GET /health", b"GET  /health HTTP/1.1", b"GET /he alth HTTP/1.1", b"GET /health HTTP/1.1 ",
+        b" GET /health HTTP/1.1", b"GET /health http/1.1", b"GET /health HTTP/1.10", b"GET /health HTTP/1",
+        b"G{T /health HTTP/1.1", b"hello"
+    ]),
+    (b"GET /\0 HTTP/1.1\r\n\r\n", "GET"), (b"\x16\x03\x01\x02\0\r\n\r\n", ""),
+])  # fmt: skip
+def test_what_is_not_strictly_http_is_refused_and_the_connection_closed(
+    on_memory: Daemon, request_: bytes, shown: str
+) -> None:
+    client = Talk(on_memory, request_ + HEALTH)  # the second one might be smuggled
+
+    answer = client.answer()
+    if answer.status == 100:
+        answer = client.answer()
+
+    assert (answer.status, answer.headers["connection"], client.rest()) == (400, "close", b"")
+    one_line(answer, shown)
+
+
+def test_a_wrong_length_is_refused_though_its_body_waits_for_100_continue(on_memory: Daemon) -> None:
+    clients = [Talk(on_memory, post(b"", b"Content-Length: " + text, b"Expect: 100-continue")) for text in LENGTHS]
+
+    ends = [client.rest() for client in clients]
+
+    for text, end in zip(LENGTHS, ends, strict=True):
+        assert b"HTTP/1.1 400 " in end, (text, end)
+
+
+def test_another_major_version_is_refused(on_memory: Daemon) -> None:
+    answer = talk(on_memory, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+
+    assert (answer.status, answer.headers["connection"]) == (505, "close")
+    one_line(answer, "HTTP/2.0")
+
+
+def line_of(size: int) -> bytes:
+    return b"GET /" + b"x" * (size - 14) + b" HTTP/1.1"
+
+
+def headers_of(count: int, size: int) -> bytes:
+    """So many header lines of so many bytes together, each with its line end."""
+    lines = [b"H%d: \r\n" % n for n in range(count)]
+    return b"".join(lines)[:-2] + b"x" * (size - len(b"".join(lines))) + b"\r\n"
+
+
+@pytest.mark.parametrize("head, status", [
+    (line_of(KIB64) + b"\r\n", 404), (line_of(KIB64 + 1) + b"\r\n", 414), (line_of(500_000) + b"\r\n", 414),
+    (b"GET /health HTTP/1.1\r\n" + headers_of(100, 1000), 200),
+    (b"GET /health HTTP/1.1\r\n" + headers_of(101, 1000), 431),
+    (b"GET /health HTTP/1.1\r\n" + headers_of(1, KIB64), 200),
+    (b"GET /health HTTP/1.1\r\n" + headers_of(1, KIB64 + 3), 431),
+    (b"GET /health HTTP/1.1\r\n" + headers_of(90, KIB64), 200),
+    (b"GET /health HTTP/1.1\r\n" + headers_of(90, 500_000), 431),
+    (line_of(KIB64) + b"\r\n" + headers_of(100, KIB64), 404), (line_of(KIB64) + b"\r\n" + headers_of(101, KIB64), 431),
+], ids=lambda value: len(value) if isinstance(value, bytes) else value)  # fmt: skip
+@pytest.mark.parametrize("last_packet", [0, 2])
+def test_heads_are_served_up_to_their_limits_and_no_further(
+    on_memory: Daemon, head: bytes, status: int, last_packet: int
+) -> None:
+    data = head + b"\r\n"
+    client = Talk(on_memory, data[: len(data) - last_packet])
+    if last_packet:
+        time.sleep(0.1)
+        client.say(data[-last_packet:])
+
+    answer = client.answer()
+
+    assert (answer.status, answer.headers.get("connection")) == (status, None if status in (200, 404) else "close")
+    if status != 200:
+        one_line(answer)
+
+
+def test_a_head_that_never_ends_is_refused_before_it_does(on_memory: Daemon) -> None:
+    answers = [talk(on_memory, start + b"x" * 200_000) for start in (b"GET /", b"GET / HTTP/1.1\r\nA: ")]
+
+    assert [answer.status for answer in answers] == [414, 431]
+
+
+@pytest.mark.parametrize("path, allowed", [
+    ("/lease", {"POST", "DELETE", "GET", "HEAD"}), ("/keepalive", {"POST"}), ("/health", {"GET", "HEAD"}),
+    ("/ready", {"GET", "HEAD"}), ("/metrics", {"GET", "HEAD"}),
+])  # fmt: skip
+def test_a_known_path_with_another_method_is_405_with_allow(on_memory: Daemon, path: str, allowed: set[str]) -> None:
+    methods = {"POST", "DELETE", "GET", "HEAD", "PUT", "PATCH", "OPTIONS", "get", "X-Y"}
+
+    refusals = {method: on_memory.request(method, path, "{}") for method in methods - allowed}
+
+    for method, refusal in refusals.items():
+        assert (refusal.status, set(refusal.headers["allow"].split(", "))) == (405, allowed)
+        assert method == "HEAD" or f'"{method}"' in refusal.text
+
+
+@pytest.mark.parametrize("path", ["/", "/leas", "/lease/", "/Lease", "*", "/debug/pprof/", "/debug/pprof/heap", "/%0a"])
+def test_any_other_path_is_404_and_shown(on_memory: Daemon, path: str) -> None:
+    answer = on_memory.request("GET", path)
+
+    assert answer.status == 404
+    one_line(answer, f'"{path}"')
+
+
+@pytest.mark.parametrize("target", ["/health?a=b", "http://lock.example/health", "HTTPS://h:1/health?x", "/health#top"])
+def test_queries_and_absolute_targets_lead_to_the_path(on_memory: Daemon, target: str) -> None:
+    answer = on_memory.request("GET", target)
+
+    assert (answer.status, answer.text) == (200, "ok\n")
+
+
+def test_a_key_in_the_query_may_stand_there_as_curl_sends_it(daemon: Daemon, key: str) -> None:
+    daemon.acquire(key + "ключ")
+
+    answer = talk(daemon, f"GET /lease?key={key}ключ HTTP/1.1\r\n\r\n".encode())
+
+    assert (answer.status, json.loads(answer.body)["key"]) == (200, key + "ключ")
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/lease?key=free", "/lease", "/nowhere", "/lease?key=%FF"])
+def test_head_is_get_without_the_body(daemon: Daemon, path: str) -> None:
+    get = daemon.request("GET", path)
+    client = Talk(daemon, b"HEAD %s HTTP/1.1\r\n\r\n" % path.encode() + HEALTH)
+
+    head = client.answer("HEAD")
+
+    assert head.status == get.status
+    assert {**head.headers, "date": ""} == {**get.headers, "date": ""}
+    assert client.answer().status == 200
+
+
+def test_the_connection_is_kept_after_errors_of_the_application(daemon: Daemon) -> None:
+    client = Talk(daemon)
+
+    client.say(post(b"no json") + post(b"{}", path=b"/keepalive") + b"PUT /lease HTTP/1.1\r\n\r\n")
+    client.say(post(b"[]", path=b"/x") + HEALTH)
+    answers = [client.answer() for _ in range(5)]
+
+    assert [answer.status for answer in answers] == [400, 500, 405, 404, 200]
+    assert not any("connection" in answer.headers for answer in answers)
+
+
+def test_whatever_is_sent_the_daemon_answers_or_closes_and_still_serves(start: Callable[..., Daemon]) -> None:
+    daemon, dice = start("mock", DEBUG="true"), random.Random(4711)
+    seeds = [
+        HEALTH + post(lock_body("fuzz")), post(b"4711", path=b"/keepalive"),
+        b"GET /lease?key=a%20b HTTP/1.1\r\n\r\n" * 2,
+        post(chunks(lock_body("fuzz")), b"Transfer-Encoding: chunked", b"x-lease-ttl: 1m30s", b"x-lease-wait: 1ms"),
+        post(lock_body("fuzz"), b"Content-Length: 29", b"Expect: 100-continue", b"x-lease-ttl: 10s"),
+    ]  # fmt: skip
+    spices = [b"\r\n", b"\n", b"\0", b"\xff\xfe", "²".encode(), b" ", b":", b"-1", b"9" * 30, b"{", b'"\\ud800"', b"%"]
+
+    def mutant(data: bytes) -> bytes:
+        for _ in range(dice.randint(1, 4)):
+            at, to = sorted(dice.randrange(len(data) + 1) for _ in range(2))
+            spice = dice.choice([*spices, bytes([dice.randrange(256)]), data[at:to], b""])
+            data = data[:at] + spice + data[dice.choice([at, at, at + 1, to]) :]
+        return data
+
+    for data in (mutant(dice.choice(seeds)) for _ in range(1000)):
+        head, _, body = data.partition(b"\r\n\r\n")
+        client = Talk(daemon, head + b"\r\n\r\n")
+        client.say(body)
+        with contextlib.suppress(OSError):
+            client.sock.shutdown(socket.SHUT_WR)
+        said = client.rest()
+        client.close()
+        assert not said or said.startswith(b"HTTP/1.1 "), (data, said)
+
+    assert not re.search(".*(?:level=error|Traceback).*", daemon.log())
+    assert daemon.request("GET", "/health").status == 200
+
+
+# == Front door: time and crowds =====================================================================================
+
+
+def test_a_trickling_request_is_cut_at_the_read_timeout(start: Callable[..., Daemon]) -> None:
+    daemon = start("mock", SERVER_READ_TIMEOUT="1s")
+    kept = Talk(daemon, HEALTH)
+    assert kept.answer().status == 200
+    time.sleep(1.2)  # idle time is no reading time
+    bodies = [post(b"", b"Content-Length: 9999"), post(b"2", b"Transfer-Encoding: chunked")]
+    heads = [b"GET /", b"GET / HTTP/1.1\r\nA: ", *bodies]
+    clients = [kept, *(Talk(daemon) for _ in heads)]
+    for client, head in zip(clients, [b"GET /kept", *heads], strict=True):
+        client.say(head)
+    started = time.monotonic()
+
+    for client in clients:
+        while not select.select([client.sock], [], [], 0.05)[0]:
+            for each in clients:
+                each.say(b"1")
+            assert time.monotonic() < started + 8
+    elapsed = time.monotonic() - started
+
+    assert elapsed > 0.9
+    for client in clients:
+        answer = client.answer()
+        assert (answer.status, answer.headers["connection"]) == (408, "close")
+        one_line(answer, "1s")
+
+
+@pytest.mark.parametrize("first", [b"", HEALTH])
+def test_an_idle_connection_is_closed_without_a_word(start: Callable[..., Daemon], first: bytes) -> None:
+    daemon = start("mock", SERVER_IDLE_TIMEOUT="1s", SERVER_READ_TIMEOUT="30s")
+    client = Talk(daemon, first)
+    assert not first or client.answer().status == 200
+    started = time.monotonic()
+
+    said = client.rest()
+
+    assert said == b""
+    assert 0.8 < time.monotonic() - started < 8
+
+
+def test_a_timeout_of_zero_is_none(start: Callable[..., Daemon], key: str) -> None:
+    daemon = start("mock", SERVER_READ_TIMEOUT="0", SERVER_IDLE_TIMEOUT="0s", SERVER_WRITE_TIMEOUT="0")
+    client = Talk(daemon)
+    time.sleep(0.5)
+
+    for part in (post(lock_body(key))[at : at + 50] for at in range(0, 200, 50)):
+        client.say(part)
+        time.sleep(0.3)
+
+    assert client.answer().status == 201
+
+
+def test_a_client_that_never_reads_is_cut_at_the_write_timeout(start: Callable[..., Daemon]) -> None:
+    daemon = start("mock", SERVER_WRITE_TIMEOUT="1s")
+    descriptors = Path(f"/proc/{daemon.process.pid}/fd")
+    before = len(os.listdir(descriptors))
+    client = Talk(daemon)
+    eventually(lambda: len(os.listdir(descriptors)) == before + 1)
+
+    client.sock.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        for _ in range(4000):
+            client.sock.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
+
+    eventually(lambda: len(os.listdir(descriptors)) == before, 20)
+    assert daemon.request("GET", "/health").status == 200
+
+
+def test_trickling_connections_do_not_delay_others(start: Callable[..., Daemon]) -> None:
+    daemon = start("mock")
+    clients = [Talk(daemon, b"GET /slow HTTP/1.1\r\nA: ") for _ in range(300)]
+    started = time.monotonic()
+
+    for _ in range(20):
+        for client in clients:
+            client.say(b"x")
+        assert daemon.request("GET", "/health").status == 200
+    elapsed = time.monotonic() - started
+    for client in clients:
+        client.say(b"\r\n\r\n")
+
+    assert elapsed < 8
+    assert {client.answer().status for client in clients} == {404}
+
+
+def test_two_thousand_connections_are_served_within_128_mib(start: Callable[..., Daemon], key: str) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 8192), max(hard, 8192)))
+    daemon = start("mock")
+    clients = [Talk(daemon) for _ in range(2000)]
+    try:
+        for client in clients:
+            client.say(post(lock_body(key)))
+        answers = [client.answer() for client in clients]
+        status = Path(f"/proc/{daemon.process.pid}/status").read_text()
+    finally:
+        for client in clients:
+            client.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+    assert sorted(answer.status for answer in answers) == [201] + [202] * 1999
+    resident = re.search(r"VmRSS:\s+([0-9]+) kB", status)
+    assert resident and int(resident[1]) < 128 << 10
+
+
+def test_a_daemon_out_of_descriptors_serves_again_when_some_are_free(start: Callable[..., Daemon]) -> None:
+    daemon = start("mock")
+    resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE, (30, 30))
+    clients = [Talk(daemon, HEALTH) for _ in range(40)]
+    assert clients[0].answer().status == 200
+    eventually(lambda: "level=error" in daemon.log())
+
+    for client in clients[:30]:
+        client.close()
+
+    assert {client.answer().status for client in clients[30:]} == {200}
+    assert daemon.stop() == 0
+
+
+# == POST /lease, POST /keepalive, DELETE /lease: what is asked ======================================================
+
+
+@pytest.mark.parametrize("name", [
+    "ключ", "🔒", " ", "\n\r\t", "\0", "a/../b", "\"'\\", "%2F+&=#?", "\u2028\x85", "\U0010ffff\ufffe", "x" * 10_000,
+    "/shared-lock/",
+], ids=ascii)  # fmt: skip
+def test_any_unicode_text_is_a_key(daemon: Daemon, key: str, name: str) -> None:
+    mine = key + name
+
+    answers = daemon.acquire(mine), daemon.acquire(mine), daemon.acquire(key)
+    found = daemon.request("GET", "/lease?key=" + urllib.parse.quote(mine, safe=""))
+
+    assert [answer.status for answer in answers] == [201, 202, 201]
+    assert json.loads(found.body)["key"] == mine
+
+
+@pytest.mark.parametrize("text", [
+    '{"key": KEY}', '{"key": KEY, "value": "v", "labels": {"a": "b"}, "timestamp": "2026-11-23T03:21:00Z"}',
+    '{"key": KEY, "timestamp": "2026-02-28t23:59:60.123456789+14:00", "labels": {}}', ' \r\n\t{"key":KEY}\n',
+    '{"key": KEY, "other": [1, {"a": null}], "Lease": 1.5}', '{"key": KEY, "huge": %s}' % ("9" * 5000),
+    '{"key": KEY, "value": "\\ud83d\\udd12"}', '{"key": KEY, "value": null, "labels": null, "timestamp": null}',
+])  # fmt: skip
+def test_a_json_object_with_a_key_asks_for_a_lock(daemon: Daemon, key: str, text: str) -> None:
+    answer = daemon.request("POST", "/lease", text.replace("KEY", json.dumps(key)))
+
+    assert (answer.status, answer.headers["x-lease-ttl"]) == (201, "10s")
+
+
+@pytest.mark.parametrize("body, shown", [
+    ("", "body"), (" ", "body"), ("nope", '"nope"'), ("{", '"{"'), ('{"key": "k"} x', "body"), ("{'key': 'k'}", "body"),
+    ('{"key": "k",}', "body"), ('{"key": "a\nb"}', "body"), ('{"key": "k", "x": NaN}', "body"),
+    (b'{"key": "\xff"}', "body"), (b'{"key": "\xed\xa0\x80"}', "body"), ("[" * 60_000, "body"), ("null", "null"),
+    ("[]", "[]"), ("4711", "4711"), ('"k"', "k"), ("{}", "key"), ('{"Key": "k"}', "key"), ('{"key": ""}', '""'),
+    ('{"key": null}', "key"), ('{"key": 5}', "key: not a string: "), ('{"key": true}', "true"),
+    ('{"key": ["k"]}', "key"), ('{"key": %s}' % ("9" * 5000), "key"), ('{"key": "\\ud800"}', "ud800"),
+    ('{"key": "a\\udc00\\ud800b"}', "key"), ('{"key": "k", "value": 5}', "value"),
+    ('{"key": "k", "value": {}}', "value"), ('{"key": "k", "value": "\\udfff"}', "value"),
+    ('{"key": "k", "labels": []}', "labels"), ('{"key": "k", "labels": "a"}', "labels"),
+    ('{"key": "k", "labels": {"a": 1}}', "labels"), ('{"key": "k", "labels": {"a": null}}', "labels"),
+    *((json.dumps({"key": "k", "timestamp": text}), "timestamp: not RFC 3339") for text in [
+        "", "now", "2026-11-23", "2026-11-23 03:21:00Z", "2026-11-23T03:21:00", "2026-02-30T03:21:00Z",
+        "2026-11-23T24:00:00Z", "2026-11-23T03:21:00Z\n", "٢٠٢٦-11-23T03:21:00Z", "2026-11-23T03:21:00+0100"
+    ]),
+    ('{"key": "k", "timestamp": 5}', "timestamp"),
+], ids=lambda value: ascii(value)[:50])  # fmt: skip
+def test_any_other_body_is_400_and_says_why(daemon: Daemon, body: str | bytes, shown: str) -> None:
+    answer = daemon.request("POST", "/lease", body)
+
+    assert answer.status == 400
+    one_line(answer, shown)
+    assert len(answer.body) < 1000
+
+
+@pytest.mark.parametrize("form", ["%s", '{"key": %s}', '{"key": "k", "labels": %s}', '{"key": "k", "value": %s}'])
+def test_nesting_of_any_depth_is_400(on_memory: Daemon, form: str) -> None:
+    client = Talk(on_memory)
+
+    for depth in [*range(100, 1100, 3), 3000, 30_000]:
+        client.say(post((form % ("[" * depth + "]" * depth)).encode()))
+        answer = client.answer()
+        assert answer.status == 400, (depth, answer.text)
+
+
+@pytest.mark.parametrize("text, seconds", [
+    ("60s", 60), ("1m30s", 90), ("1500ms", 2), ("2h", 7200), ("1h0m0.5s", 3601), ("60", 60), ("2.5", 3), ("0.5", 1),
+    (".5s", 1), ("1ns", 1), ("0.001", 1), ("1.000000001s", 2), ("1us", 1), ("+7s", 7), ("9000000000", 9_000_000_000),
+    ("2500000h", 9_000_000_000), (" 60s\t", 60), ("007", 7), ("0.1s0.2s0.7s", 1), ("2.s", 2),
+])  # fmt: skip
+def test_a_ttl_is_a_duration_rounded_up_to_whole_seconds(daemon: Daemon, key: str, text: str, seconds: int) -> None:
+    answer = daemon.acquire(key, text)
+
+    assert answer.status == 201
+    assert answer.headers["x-lease-ttl"] in {f"{seconds}s", "2s" if seconds == 1 else ""}  # etcd raises 1 s to 2 s
+    assert shared_lock.parse_ttl(text.strip()) == seconds
+
+
+@pytest.mark.parametrize("text", [
+    "", "10 s", "0", "0s", "0h0m", "-0", "-1s", "-5", "s", ".", "+", "-", "1e3", "1h30", "10S", "10d", "abc", "1_0",
+    "1,5", "0x10", "inf", "NaN", "9000000001", "9000000000.001s", "2500001h", "9" * 5000, "10s, 10s", "²", "٣s",
+    "1s-1s", "--1", "1..5",
+])  # fmt: skip
+@pytest.mark.parametrize("name", ["x-lease-ttl", "X-Lease-Wait"])
+def test_a_duration_that_is_none_is_400_and_shown(on_memory: Daemon, key: str, name: str, text: str) -> None:
+    header = f"{name}: {text}".encode()
+
+    answer = talk(on_memory, post(lock_body(key), b"Content-Length: %d" % len(lock_body(key)), header))
+
+    if name == "X-Lease-Wait" and text in ("0", "0s", "0h0m", "-0"):
+        assert answer.status == 201
+    else:
+        assert answer.status == 400
+        one_line(answer, name.lower(), text[:100])
+        assert len(answer.body) < 1000
+
+
+def test_a_duplicated_ttl_and_a_wait_over_a_minute_are_400(daemon: Daemon, key: str) -> None:
+    body = lock_body(key)
+    length = b"Content-Length: %d" % len(body)
+
+    twice = talk(daemon, post(body, length, b"x-lease-ttl: 10s", b"X-Lease-TTL: 20s"))
+    long = daemon.acquire(key, **{"x-lease-wait": "60.1s"})
+    longest = daemon.acquire(key, **{"x-lease-wait": "1m"})
+
+    assert (twice.status, long.status, longest.status) == (400, 400, 201)
+    one_line(twice, "10s", "20s")
+    one_line(long, "60.1s")
+
+
+@pytest.mark.parametrize("form", ["%d", " \t\r\n%d\n", '"%d"', '{"id": %d}', '{"id": "%d"}', ' {"x": [], "id":%d} '])
+def test_a_lease_id_is_taken_in_every_form(daemon: Daemon, key: str, form: str) -> None:
+    lease = int(daemon.acquire(key, "50s").text)
+
+    answers = daemon.keep_alive(form % lease), daemon.release(form % lease), daemon.release(form % lease)
+
+    assert [answer.status for answer in answers] == [200, 200, 204]
+    assert answers[0].headers["x-lease-ttl"] == "50s"
+
+
+@pytest.mark.parametrize("body, status", [
+    *((text, 204) for text in [
+        "0", "1", "-1", "9223372036854775807", "-9223372036854775808", '"-9223372036854775808"', '{"id": 7}'
+    ]),
+    *((text, 400) for text in [
+        "", " ", "x", "007", "+5", "5 5", '"5', "{", "0x5", "-", "5,", "NaN", "Infinity", "-Infinity", "[" * 60_000
+    ]),
+    *((text, 500) for text in [
+        "9223372036854775808", "-9223372036854775809", "9" * 30, "9" * 6000, '"9223372036854775808"', "5.0", "5e3",
+        "true", "null", "[]", "[5]", "{}", '{"id": null}', '{"id": false}', '{"id": {"id": 5}}', '{"lease": 5}', '""',
+        '"x"', '"5.0"', '"٣"', '"0x5"'
+    ]),
+], ids=lambda value: ascii(value)[:40])  # fmt: skip
+@pytest.mark.parametrize("method, path", [("POST", "/keepalive"), ("DELETE", "/lease")])
+def test_what_is_no_living_lease_is_said_to_be_so(
+    daemon: Daemon, method: str, path: str, body: str, status: int
+) -> None:
+    answer = daemon.request(method, path, body.encode())
+
+    assert answer.status == status
+    if status == 204:
+        assert answer.body == b""
+    else:
+        one_line(answer, "body", body.strip()[:20].replace('"', '\\"'))
+        assert len(answer.body) < 1000
+
+
+# == Configuration ===================================================================================================
+
+
+@pytest.mark.parametrize("name, default, text, value", [
+    ("SERVER_PORT", 8080, "0", 0), ("SERVER_HOST", "", "::1", "::1"), ("SERVER_READ_TIMEOUT", 10, "1m", 60),
+    ("SERVER_WRITE_TIMEOUT", 10, "0", 0), ("SERVER_IDLE_TIMEOUT", 120, "1.5", 1.5),
+    ("SERVER_SHUTDOWN_TIMEOUT", 10, "500ms", 0.5), ("PPROF_ENABLED", False, "t", True),
+    ("STORAGE_TYPE", "etcd", "mock", "mock"), ("ETCD_TLS", False, "F", False),
+    ("CA_CERT_PATH", "/etc/etcd/ca.crt", "a", "a"), ("CLIENT_CERT_PATH", "/etc/etcd/client.crt", "b", "b"),
+    ("CLIENT_KEY_PATH", "/etc/etcd/client.key", "c", "c"), ("ETCD_TIMEOUT", 5, "2500ms", 2.5),
+    ("CACHE_ENABLED", False, "TRUE", True), ("CACHE_SIZE", 1000, "1", 1), ("DEBUG", False, "1", True),
+])  # fmt: skip
+def test_a_variable_has_its_default_and_takes_its_values(name: str, default: object, text: str, value: object) -> None:
+    config = shared_lock.Config.from_env({f"SHARED_LOCK_{name}": text, name: "ignored"})
+
+    assert getattr(shared_lock.Config.from_env({}), name.lower()) == default
+    assert getattr(config, name.lower()) == value
+
+
+@pytest.mark.parametrize("text, shown", [
+    (None, ["localhost:2379"]), ("a:1", ["a:1"]), ("http://a:1 ,\thttps://b.c:2", ["a:1", "b.c:2"]),
+    ("[::1]:3", ["[::1]:3"]), (" 10.0.0.1:65535 ", ["10.0.0.1:65535"]), ("http://a:1/", ["a:1"]),
+])  # fmt: skip
+def test_endpoints_are_listed_with_commas(text: str | None, shown: list[str]) -> None:
+    config = shared_lock.Config.from_env({"SHARED_LOCK_ETCD_ADDR_LIST": text} if text else {})
+
+    assert [str(address) for address in config.etcd_addr_list] == shown
+
+
+def test_booleans_are_those_of_go() -> None:
+    for text in ["1 t T TRUE true True", "0 f F FALSE false False"]:
+        configs = [shared_lock.Config.from_env({"SHARED_LOCK_CACHE_ENABLED": word}) for word in text.split()]
+        assert {config.cache_enabled for config in configs} == {text[0] == "1"}
+
+
+DURATIONS = [f"SERVER_{what}_TIMEOUT" for what in ("READ", "WRITE", "IDLE", "SHUTDOWN")] + ["ETCD_TIMEOUT"]
+UNUSABLE = [
+    *(("SERVER_PORT", text) for text in ["http", "", "-1", "65536", "8e3", "80 80", "٣", "8080\n", "9" * 5000]),
+    *((name, text) for name in DURATIONS for text in ["10 s", "", "-1s", "ten", "1h30", "99999999999s", "inf"]),
+    *((name, text) for name in ["PPROF_ENABLED", "ETCD_TLS", "CACHE_ENABLED", "DEBUG"] for text in [
+        "yes", "", "tRUE", "2"
+    ]),
+    *(("STORAGE_TYPE", text) for text in ["redis", ""]), *(("CACHE_SIZE", text) for text in ["many", "", "-1", "1.5"]),
+    *(("ETCD_ADDR_LIST", text) for text in [
+        "ftp://h:1", "", "h", "h:", ":1", "h:p", "h:0", "h:65536", "a:1,,b:2", "http://", "h h:1"
+    ]),
+    ("ETCD_TIMEOUT", "0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, text", UNUSABLE, ids=lambda text: ascii(text)[:30])
+def test_a_value_that_cannot_be_used_is_an_error_of_one_line(name: str, text: str) -> None:
+    with pytest.raises(shared_lock.ConfigError) as caught:
+        shared_lock.Config.from_env({f"SHARED_LOCK_{name}": text})
+
+    line = str(caught.value)
+    assert line.startswith(f"SHARED_LOCK_{name}: ") and "\n" not in line and len(line) < 400
+    assert text.strip()[:100] in line or "," in text
+
+
+@pytest.mark.parametrize("name, text", [
+    *dict(reversed(UNUSABLE)).items(),
+    *(("SERVER_HOST", text) for text in ["no host", "192.0.2.1", "a..b", "x" * 64]),
+])  # fmt: skip
+def test_a_value_that_cannot_be_used_stops_the_start(name: str, text: str) -> None:
+    ended = run_module(SERVE, **{"STORAGE_TYPE": "mock", "SERVER_PORT": "0", name: text})
+
+    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
+    assert f"SHARED_LOCK_{name}" in ended.stderr and text in ended.stderr
+
+
+@pytest.fixture(scope="session")
+def certificates(folder: Path) -> Path:
+    """Files as openssl makes them: ca.crt, client.crt with client.key, other.key, locked.key; and garbage."""
+    make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=x -days 2 -keyout"
+    lock = "openssl pkey -aes128 -passout pass:secret -in client.key -out locked.key"
+    for command in [f"{make} client.key -out client.crt", f"{make} other.key -out ca.crt", lock]:
+        subprocess.run(command.split(), cwd=folder, check=True, capture_output=True)
+    (folder / "garbage").write_text("-----BEGIN CERTIFICATE-----\nnonsense\n")
+    return folder
+
+
+@pytest.mark.parametrize("name, file", [
+    ("CA_CERT_PATH", "missing"), ("CA_CERT_PATH", "garbage"), ("CA_CERT_PATH", "client.key"), ("CA_CERT_PATH", "."),
+    ("CLIENT_CERT_PATH", "missing"), ("CLIENT_CERT_PATH", "garbage"), ("CLIENT_CERT_PATH", "ca.crt"),
+    ("CLIENT_KEY_PATH", "missing"), ("CLIENT_KEY_PATH", "garbage"), ("CLIENT_KEY_PATH", "locked.key"),
+])  # fmt: skip
+def test_tls_files_that_cannot_be_used_stop_the_start(certificates: Path, name: str, file: str) -> None:
+    files = {"CA_CERT_PATH": "ca.crt", "CLIENT_CERT_PATH": "client.crt", "CLIENT_KEY_PATH": "client.key", name: file}
+    paths = {variable: str(certificates / path) for variable, path in files.items()}
+
+    ended = run_module(SERVE, ETCD_TLS="true", ETCD_ADDR_LIST="localhost:1", SERVER_PORT="0", **paths)
+
+    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
+    assert f"SHARED_LOCK_{name}" in ended.stderr and paths[name] in ended.stderr
+
+
+def test_tls_files_are_not_looked_at_without_tls() -> None:
+    shared_lock.Config.from_env({"SHARED_LOCK_CA_CERT_PATH": "/missing"})
+
+
+def test_help_names_every_variable_and_a_wrong_command_shows_the_usage() -> None:
+    shown, bare, wrong = run_module([SERVE[0], "--help"]), run_module(SERVE[:1]), run_module([SERVE[0], "sevre"])
+
+    assert (shown.returncode, bare.returncode, wrong.returncode) == (0, 2, 2)
+    names = {f"SHARED_LOCK_{name}" for name, _ in UNUSABLE} | {"SHARED_LOCK_SERVER_HOST", "SHARED_LOCK_CLIENT_KEY_PATH"}
+    assert names <= set(shown.stdout.split()) and shown.stderr == ""
+    assert bare.stderr.startswith("usage: ") and "sevre" in wrong.stderr and "serve" in wrong.stderr
+
+
+@pytest.mark.parametrize("family, taken, host", [
+    (socket.AF_INET, "127.0.0.1", "127.0.0.1"), (socket.AF_INET, "", ""), (socket.AF_INET6, "::", ""),
+    (socket.AF_INET, "127.0.0.1", ""),
+])  # fmt: skip
+def test_a_port_that_is_taken_ends_the_start_with_status_1_and_one_line(
+    family: socket.AddressFamily, taken: str, host: str
+) -> None:
+    with socket.create_server((taken, 0), family=family) as other:
+        port = str(other.getsockname()[1])
+        ended = run_module(SERVE, STORAGE_TYPE="mock", SERVER_HOST=host, SERVER_PORT=port)
+
+    assert (ended.returncode, ended.stderr.count("\n")) == (1, 1)
+    assert port in ended.stderr
+
+
+def test_the_file_alone_serves_the_mock_and_says_what_etcd_needs(tmp_path: Path, key: str) -> None:
+    alone, port = tmp_path / "lock.py", free_port()
+    shutil.copy(HERE / "shared_lock.py", alone)
+    settings = {"SHARED_LOCK_STORAGE_TYPE": "mock", "SHARED_LOCK_SERVER_PORT": str(port)}
+    process = subprocess.Popen([PYTHON, "-I", "-S", str(alone), "serve"], env=settings, stderr=subprocess.DEVNULL)
+
+    def acquire() -> int:
+        with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port), 10) as sock:
+            sock.sendall(post(lock_body(key)))
+            return int(sock.recv(1000)[9:12])
+        return 0
+
+    try:
+        assert eventually(acquire) == 201
+    finally:
+        process.kill()
+        process.wait()
+    ended = run_module(["-I", "-S", str(alone), "serve"])
+
+    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
+    assert "pip install etcd3gw" in ended.stderr and "SHARED_LOCK_STORAGE_TYPE" in ended.stderr
+
+
+def test_without_a_host_ipv4_and_ipv6_are_served(start: Callable[..., Daemon]) -> None:
+    daemon = start("mock", SERVER_HOST="")
+
+    for address in ("127.0.0.1", "::1"):
+        with socket.create_connection((address, daemon.port), timeout=10) as sock:
+            sock.sendall(HEALTH)
+            assert sock.recv(12) == b"HTTP/1.1 200"
+
+
+def test_the_longest_timeouts_serve_and_stop(start: Callable[..., Daemon]) -> None:
+    longest = "9000000000s"
+    daemon = start("mock", **dict.fromkeys(DURATIONS, longest))
+
+    assert daemon.request("GET", "/health").status == 200
+    assert daemon.stop() == 0
+
+
+# == Life of the process =============================================================================================
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_answers_what_was_read_and_does_not_wait_for_idle_clients(
+    start: Callable[..., Daemon], key: str, number: int
+) -> None:
+    daemon = start("mock", SERVER_SHUTDOWN_TIMEOUT="30s")
+    idle = [Talk(daemon, HEALTH) for _ in range(20)]
+    assert {client.answer().status for client in idle} == {200}
+    halves = [Talk(daemon, b"GET /health HTTP/1.1\r\n") for _ in range(16)]
+
+    def lock_on_and_on(client: Talk, who: int) -> int:
+        """How many locks were answered until the daemon ended the connection."""
+        for n in itertools.count():
+            client.say(post(lock_body(f"{key}-{who}-{n}")))
+            try:
+                assert client.answer().status == 201
+            except (AssertionError, ConnectionResetError):
+                return n
+        return 0
+
+    with ThreadPoolExecutor(16) as pool:
+        counts = [pool.submit(lock_on_and_on, Talk(daemon), who) for who in range(16)]
+        eventually(lambda: daemon.log().count("event=granted") > 200)
+        started = time.monotonic()
+        daemon.process.send_signal(number)
+        assert [client.rest() for client in idle] == [b""] * 20
+        for client in halves:
+            client.say(b"\r\n")
+        answers = [client.answer() for client in halves]
+        assert daemon.process.wait(20) == 0
+        elapsed = time.monotonic() - started
+
+    assert elapsed < 10
+    assert {(answer.status, answer.headers["connection"]) for answer in answers} == {(200, "close")}
+    assert sum(count.result() for count in counts) == daemon.log().count("event=granted")
+
+
+def test_a_stop_refuses_new_clients_and_answers_those_that_wait(start: Callable[..., Daemon], key: str) -> None:
+    daemon = start("mock", SERVER_SHUTDOWN_TIMEOUT="30s")
+    half = Talk(daemon, b"GET /health")
+    lease = daemon.acquire(key).text
+    length = b"Content-Length: %d" % len(lock_body(key))
+    waiting = [Talk(daemon, post(lock_body(key), length, b"x-lease-wait: 30s")) for _ in range(5)]
+    time.sleep(0.5)
+    started = time.monotonic()
+
+    daemon.process.send_signal(signal.SIGTERM)
+    answers = [client.answer() for client in waiting]
+    elapsed = time.monotonic() - started
+
+    def refused() -> bool:
+        with contextlib.suppress(ConnectionRefusedError):
+            daemon.connect().close()
+            return False
+        return True
+
+    eventually(refused)
+    assert {(answer.status, answer.text) for answer in answers} == {(202, lease)}
+    assert elapsed < 10 and daemon.process.poll() is None
+    half.say(b" HTTP/1.1\r\n\r\n")
+    assert (half.answer().status, daemon.process.wait(10)) == (200, 0)
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_at_once(start: Callable[..., Daemon], second: int) -> None:
+    daemon = start("mock", SERVER_SHUTDOWN_TIMEOUT="60s", SERVER_READ_TIMEOUT="60s")
+    client = Talk(daemon, b"GET /health")
+    time.sleep(0.3)
+    daemon.process.send_signal(signal.SIGTERM)
+    eventually(lambda: "event=stopping" in daemon.log())
+    time.sleep(0.3)
+    assert daemon.process.poll() is None
+
+    daemon.process.send_signal(second)
+
+    daemon.process.wait(10)
+    assert client.rest() == b""
+
+
+def test_what_is_left_at_the_shutdown_timeout_is_cut_and_named(start: Callable[..., Daemon]) -> None:
+    daemon = start("mock", SERVER_SHUTDOWN_TIMEOUT="1s", SERVER_READ_TIMEOUT="60s", PPROF_ENABLED="true")
+    busy = Talk(daemon, b"GET /debug/pprof/profile?seconds=30 HTTP/1.1\r\n\r\n")
+    half = Talk(daemon, HEALTH + b"POST /le")
+    assert half.answer().status == 200
+    time.sleep(0.3)
+    started = time.monotonic()
+
+    status = daemon.stop()
+
+    assert status == 0 and 0.8 < time.monotonic() - started < 10
+    cut = [line for line in daemon.log().splitlines() if "cut" in line]
+    assert len(cut) == 2
+    assert any(str(busy.port) in line and "GET /debug/pprof/profile" in line for line in cut)
+    assert any(str(half.port) in line and "/health" not in line for line in cut)  # that one was answered
+
+
+def test_locks_stay_with_their_holders_over_a_restart(start: Callable[..., Daemon], etcd: Etcd, key: str) -> None:
+    first = start(etcd.url)
+    lease = first.acquire(key).text
+    before = etcd.key(key)
+
+    status = first.stop()
+    second = start(etcd.url)
+
+    assert (status, etcd.key(key)) == (0, before)
+    assert (second.acquire(key).text, second.keep_alive(lease).status) == (lease, 200)
+
+
+def test_it_starts_without_etcd_and_serves_as_soon_as_etcd_does(
+    start: Callable[..., Daemon], tmp_path: Path, key: str
+) -> None:
+    etcd = Etcd(tmp_path)
+    daemon = start(etcd.url, ETCD_TIMEOUT="1s")
+    without = [daemon.request("GET", path).status for path in ("/health", "/ready")] + [daemon.acquire(key).status]
+
+    try:
+        etcd.start()
+        eventually(lambda: daemon.request("GET", "/ready").status == 200, 30)
+        answer = daemon.acquire(key)
+    finally:
+        etcd.stop()
+
+    assert without == [200, 503, 500]
+    assert answer.status == 201
+
+
+def test_each_event_is_one_line_of_key_and_value(start: Callable[..., Daemon]) -> None:
+    daemon = start("mock", DEBUG="true")
+    keys = ["plain", "a\nlevel=error event=forged", 'quo"te\\ =', "tab\tcr\r", "ключ 🔒", "\x1b[31m", "x" * 5000]
+
+    for key in keys:
+        daemon.acquire(key)
+        daemon.acquire(key)
+    talk(daemon, b"GET /health\nevent=forged HTTP/1.1\r\n\r\n")
+    talk(daemon, b'GET /a%0ab=c"d HTTP/1.1\r\n\r\n')
+    daemon.keep_alive("5")
+    assert daemon.stop() == 0
+
+    lines = daemon.log_path.read_bytes().decode().split("\n")
+    word = r'(?:[^\s"=]+|"(?:[^"\\\n]|\\.)*")'
+    for line in lines[:-1]:
+        assert re.fullmatch(rf"time=\S+Z level=[a-z]+ event={word}(?: [a-z_]+={word})*", line), line
+    assert sum("event=granted" in line for line in lines) == len(keys)
+    assert not any("event=forged" in re.sub(r'"(?:[^"\\]|\\.)*"', "", line) or "\x1b" in line for line in lines)
+
+
+# == Helpers =========================================================================================================
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    """Threads for callers that act at the same time."""
+    with ThreadPoolExecutor(160) as threads:
+        yield threads
+
+
+class Clock:
+    """time.monotonic for tests that own the time: it goes on by itself, and jumps when told to."""
+
+    def __init__(self) -> None:
+        self.ahead = 0.0
+        self._real = time.monotonic
+
+    def __call__(self) -> float:
+        return self._real() + self.ahead
+
+
+def look(daemon: Daemon, key: str, method: str = "GET") -> Answer:
+    return daemon.request(method, "/lease?key=" + urllib.parse.quote(key, safe=""))
+
+
+def parse_metrics(text: str) -> dict[str, dict[frozenset[tuple[str, str]], float]]:
+    """The samples by name and labels in Prometheus' text format 0.0.4; fails on anything that is not exactly that."""
+    samples: dict[str, dict[frozenset[tuple[str, str]], float]] = {}
+    family = kind = helped = ""
+    families: set[str] = set()
+    label = r'([a-zA-Z_][a-zA-Z0-9_]*)="((?:[^"\\\n]|\\["\\n])*)"'
+    assert text.endswith("\n")
+    for line in text[:-1].split("\n"):
+        if match := re.fullmatch(r"# HELP ([a-zA-Z_:][a-zA-Z0-9_:]*) (?:[^\\]|\\\\|\\n)+", line):
+            helped = match[1]
+        elif match := re.fullmatch(r"# TYPE (\S+) (counter|gauge|histogram|summary|untyped)", line):
+            family, kind = match.groups()
+            assert family == helped and family not in families, line
+            families.add(family)
+        else:
+            match = re.fullmatch(rf"([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{{({label}(?:,{label})*)\}})? (\S+)", line)
+            assert match, line
+            suffixes = {"histogram": ("_bucket", "_sum", "_count"), "summary": ("", "_sum", "_count")}.get(kind, ("",))
+            assert match[1] in {family + suffix for suffix in suffixes}, line
+            pairs = [(name, given) for name, given in re.findall(label, match[2] or "")]
+            assert len(dict(pairs)) == len(pairs), line
+            assert frozenset(pairs) not in samples.setdefault(match[1], {}), line
+            samples[match[1]][frozenset(pairs)] = float(match[match.lastindex or 0])
+    return samples
+
+
+def operations(daemon: Daemon, family: str = "lease") -> dict[str, int]:
+    """How often each "operation status" was counted, without those that never were."""
+    samples = parse_metrics(daemon.request("GET", "/metrics").text)[f"shared_lock_{family}_operations_total"]
+    named = {f"{dict(labels)['operation']} {dict(labels)['status']}": int(n) for labels, n in samples.items()}
+    return {name: count for name, count in named.items() if count}
+
+
+def calls(etcd: Etcd) -> collections.Counter[str]:
+    """How often each gRPC method of etcd was called, as etcd itself counts."""
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", etcd.port, timeout=10)) as connection:
+        connection.request("GET", "/metrics")
+        samples = parse_metrics(connection.getresponse().read().decode())["grpc_server_handled_total"]
+    counts: collections.Counter[str] = collections.Counter()
+    for labels, count in samples.items():
+        counts[dict(labels)["grpc_method"]] += int(count)
+    return +counts
+
+
+# == A lock over its life, on both storages ==========================================================================
+
+
+def test_keepalive_keeps_a_lock_past_its_ttl(daemon: Daemon, key: str) -> None:
+    lease = daemon.acquire(key, "2s").text
+    ends = time.monotonic() + 3.2
+
+    while time.monotonic() < ends:
+        renewal = daemon.keep_alive(lease)
+        assert (renewal.status, renewal.headers.get("x-lease-ttl")) == (200, "2s")
+        time.sleep(0.4)
+
+    assert (daemon.acquire(key).status, daemon.acquire(key).text) == (202, lease)
+
+
+def test_a_lock_is_free_again_soon_after_its_holder_stops(daemon: Daemon, key: str) -> None:
+    first = daemon.acquire(key, "1s")
+
+    second = eventually(lambda: (answer := daemon.acquire(key)).status == 201 and answer)
+
+    assert second.text != first.text
+    assert daemon.keep_alive(first.text).status == 204
+    assert daemon.release(first.text).status == 204
+    assert daemon.acquire(key).text == second.text
+
+
+def test_the_ttl_in_the_answer_is_the_granted_one(daemon: Daemon, key: str) -> None:
+    answer = daemon.acquire(key, "1s")
+
+    granted = "1s" if "storage=mock" in daemon.log() else "2s"
+    assert answer.headers["x-lease-ttl"] == granted
+    assert f"{json.loads(look(daemon, key).text)['granted_ttl']}s" == granted
+    assert daemon.keep_alive(answer.text).headers["x-lease-ttl"] == granted
+
+
+def test_a_release_frees_the_lock_at_once_and_only_once(daemon: Daemon, key: str) -> None:
+    lease = daemon.acquire(key).text
+
+    assert daemon.release(lease).status == 200
+    assert look(daemon, key).status == 404
+    assert daemon.acquire(key).status == 201
+
+    assert daemon.release(lease).status == 204
+    assert daemon.keep_alive(lease).status == 204
+    assert look(daemon, key).status == 200
+
+
+@pytest.mark.parametrize("lease", ["1234567890123", "1", "0", "-5", "9223372036854775807", "-9223372036854775808"])
+def test_a_lease_that_nobody_has_is_gone(daemon: Daemon, lease: str) -> None:
+    assert (daemon.keep_alive(lease).status, daemon.release(lease).status) == (204, 204)
+
+
+def test_the_fencing_token_is_constant_while_held_and_larger_for_the_next(daemon: Daemon, key: str) -> None:
+    first = daemon.acquire(key)
+    token = int(first.headers["x-fencing-token"])
+    daemon.keep_alive(first.text)
+    daemon.acquire(key)
+    daemon.acquire(key + " another")
+    while_held = json.loads(look(daemon, key).text)["fencing_token"]
+    daemon.release(first.text)
+
+    second = daemon.acquire(key)
+
+    assert while_held == token
+    assert int(second.headers["x-fencing-token"]) > token
+
+
+def test_of_many_racing_clients_exactly_one_is_granted(
+    daemon: Daemon, etcd: Etcd, key: str, pool: ThreadPoolExecutor
+) -> None:
+    before = etcd.leases()
+    barrier = threading.Barrier(150)
+
+    def acquire(number: int) -> Answer:
+        barrier.wait(30)
+        return daemon.acquire(f"{key} {number % 40}")
+
+    answers = list(pool.map(acquire, range(150)))
+
+    assert sum(answer.status == 201 for answer in answers) == 40
+    for number in range(40):
+        of_one_key = answers[number::40]
+        assert sorted(answer.status for answer in of_one_key) == [201] + [202] * (len(of_one_key) - 1)
+        assert len({answer.text for answer in of_one_key}) == 1  # the losers are told the winner's lease
+    left = etcd.leases() - before
+    assert left == ({int(answer.text) for answer in answers} if "storage=etcd" in daemon.log() else set())
+
+
+def test_a_key_without_a_lease_counts_as_held(on_etcd: Daemon, etcd: Etcd, key: str) -> None:
+    etcd.put(b"/shared-lock/" + key.encode(), b"by hand")
+
+    refusal = on_etcd.acquire(key)
+    seen = json.loads(look(on_etcd, key).text)
+
+    assert (refusal.status, refusal.text) == (202, "0")
+    assert seen.pop("fencing_token") > 0
+    assert seen == {"key": key, "value": "by hand", "ttl": None, "granted_ttl": None}
+
+
+@pytest.mark.parametrize("foreign", [b"/registry/pods/x", b"/shared-lock", b"/shared-locks/x", b"\xff\x00"])
+def test_a_release_never_touches_a_lease_with_foreign_keys(
+    on_etcd: Daemon, etcd: Etcd, key: str, foreign: bytes
+) -> None:
+    lease = on_etcd.acquire(key).text
+    etcd.put(foreign + key.encode() if foreign[-1:] == b"x" else foreign, lease=int(lease))
+
+    assert on_etcd.release(lease).status == 204
+
+    assert int(lease) in etcd.leases()
+    assert on_etcd.acquire(key).text == lease
+
+
+# == Who holds a lock: GET /lease ====================================================================================
+
+
+def test_the_holder_of_a_lock_is_shown_without_its_lease(daemon: Daemon, key: str) -> None:
+    grant = daemon.acquire(key, "90s", value='pod "7" of Ä')
+
+    answer = look(daemon, key)
+
+    assert (answer.status, answer.headers["content-type"]) == (200, "application/json")
+    seen = json.loads(answer.text)
+    assert seen.pop("ttl") in range(85, 91)
+    token = int(grant.headers["x-fencing-token"])
+    assert seen == {"key": key, "value": 'pod "7" of Ä', "granted_ttl": 90, "fencing_token": token}
+    assert grant.text not in answer.text + str(answer.headers)
+
+
+@pytest.mark.parametrize("name", ["a b&c=d#e", "100%", "a+b", "../x//y", "ключ/ß", "🔒", 'q"uo\\te\n', "\u0000"])
+def test_any_text_is_a_key(daemon: Daemon, key: str, name: str) -> None:
+    name = f"{name} {key.rpartition('-')[2]}"
+
+    status = daemon.acquire(name).status
+
+    assert status == 201
+    assert json.loads(look(daemon, name).text)["key"] == name
+    assert look(daemon, name + "x")[:2] == (404, f"key: free: {shared_lock.quote(name + 'x')}\n".encode())
+
+
+def test_a_key_is_understood_as_curl_sends_it_too(on_memory: Daemon) -> None:
+    on_memory.acquire("ключ")
+
+    with on_memory.connect() as sock:
+        sock.sendall("GET /lease?key=ключ HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+        answer = b"".join(iter(lambda: sock.recv(65536), b"")).decode()
+
+    assert answer.startswith("HTTP/1.1 200 "), answer
+
+
+@pytest.mark.parametrize("query", ["", "?", "?key", "?key=", "?KEY=x", "?lease=1", "?key=%ff", "?key=%ED%A0%80"])
+def test_to_look_without_a_key_that_is_text_is_a_bad_request(daemon: Daemon, query: str) -> None:
+    answer = daemon.request("GET", "/lease" + query)
+
+    assert answer.status == 400
+    assert answer.headers["content-type"] == "text/plain; charset=utf-8"
+    assert answer.text.count("\n") == 1
+
+
+def test_head_answers_as_get_without_the_body(daemon: Daemon, key: str) -> None:
+    daemon.acquire(key)
+
+    head, get = look(daemon, key, "HEAD"), look(daemon, key)
+
+    assert (head.status, head.body) == (200, b"")
+    assert int(head.headers["content-length"]) == len(get.body)
+    assert look(daemon, key + "x", "HEAD")[:2] == (404, b"")
+
+
+# == Waiting for a lock ==============================================================================================
+
+
+def waiters(
+    pool: ThreadPoolExecutor, daemon: Daemon, key: str, count: int = 1, wait: str = "50s"
+) -> list[Future[Answer]]:
+    """So many callers that wait for a lock that is held; fails if one is answered right away."""
+    futures = [pool.submit(daemon.acquire, key, **{"x-lease-wait": wait}) for _ in range(count)]
+    answered, _ = wait_for_any(futures, 0.5, FIRST_COMPLETED)
+    assert not answered, [future.result() for future in answered]
+    return futures
+
+
+def send_waiting(daemon: Daemon, key: str) -> socket.socket:
+    """A waiting caller that only has sent its request."""
+    sock = daemon.connect()
+    body = json.dumps({"key": key}).encode()
+    head = f"POST /lease HTTP/1.1\r\nHost: x\r\nx-lease-wait: 60s\r\nContent-Length: {len(body)}\r\n\r\n"
+    sock.sendall(head.encode() + body)
+    return sock
+
+
+def test_a_waiter_is_served_when_the_lock_is_released(daemon: Daemon, key: str, pool: ThreadPoolExecutor) -> None:
+    holder = daemon.acquire(key)
+    [waiter] = waiters(pool, daemon, key)
+
+    daemon.release(holder.text)
+
+    answer = waiter.result(3)
+    assert (answer.status, answer.headers["x-lease-ttl"]) == (201, "60s")
+    assert int(answer.headers["x-fencing-token"]) > int(holder.headers["x-fencing-token"])
+    assert daemon.acquire(key).text == answer.text
+
+
+def test_a_waiter_is_served_when_another_replica_releases(
+    on_etcd: Daemon, etcd: Etcd, key: str, start: Callable[..., Daemon], pool: ThreadPoolExecutor
+) -> None:
+    lease = on_etcd.acquire(key).text
+    [waiter] = waiters(pool, start(etcd.url), key)
+
+    on_etcd.release(lease)
+
+    assert waiter.result(4).status == 201
+
+
+def test_a_waiter_is_served_when_the_lock_expires(daemon: Daemon, key: str, pool: ThreadPoolExecutor) -> None:
+    daemon.acquire(key, "1s")
+
+    [waiter] = waiters(pool, daemon, key)
+
+    assert waiter.result(10).status == 201
+
+
+def test_a_waiter_whose_time_is_up_is_told_the_holder(daemon: Daemon, key: str) -> None:
+    lease = daemon.acquire(key).text
+    started = time.monotonic()
+
+    answer = daemon.acquire(key, **{"x-lease-wait": "700ms"})
+
+    assert (answer.status, answer.text) == (202, lease)
+    assert time.monotonic() - started >= 0.7
+
+
+@pytest.mark.parametrize(("wait", "status"), [("0s", 202), ("0", 202), ("60.001s", 400), ("61", 400), ("1h", 400),
+                                              ("-1s", 400), ("", 400), ("soon", 400)])  # fmt: skip
+def test_a_wait_is_a_duration_up_to_a_minute(daemon: Daemon, key: str, wait: str, status: int) -> None:
+    daemon.acquire(key)
+
+    answer = daemon.acquire(key, **{"x-lease-wait": wait})
+
+    assert answer.status == status
+    assert status == 202 or (answer.text.startswith("x-lease-wait: ") and f'"{wait}"' in answer.text)
+
+
+@pytest.mark.parametrize("how", ["close", "reset"])
+def test_the_lock_is_never_taken_for_a_waiter_that_hung_up(
+    daemon: Daemon, key: str, pool: ThreadPoolExecutor, how: str
+) -> None:
+    lease = daemon.acquire(key).text
+    gone = send_waiting(daemon, key)
+    [waiter] = waiters(pool, daemon, key)
+
+    if how == "reset":
+        gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    gone.close()
+    daemon.release(lease)
+
+    assert (answer := waiter.result(5)).status == 201
+    assert daemon.keep_alive(answer.text).status == 200
+
+
+def test_a_waiter_that_hung_up_leaves_nothing_in_etcd(on_etcd: Daemon, etcd: Etcd, key: str) -> None:
+    lease = on_etcd.acquire(key).text
+    gone = send_waiting(on_etcd, key)
+    reads = calls(etcd)["Range"]
+    eventually(lambda: calls(etcd)["Range"] > reads)
+    before, leases = calls(etcd), etcd.leases()
+
+    gone.close()
+    on_etcd.release(lease)
+    time.sleep(1)  # more than twice as long as a waiter sleeps between two looks
+
+    after = calls(etcd)
+    assert (after["LeaseGrant"], after["Txn"]) == (before["LeaseGrant"], before["Txn"])
+    assert etcd.leases() <= leases - {int(lease)}
+    assert look(on_etcd, key).status == 404
+
+
+def test_of_twenty_waiters_each_is_served(daemon: Daemon, key: str, pool: ThreadPoolExecutor) -> None:
+    lease = daemon.acquire(key).text
+
+    def acquire_and_release() -> int:
+        answer = daemon.acquire(key, **{"x-lease-wait": "50s"})
+        assert (answer.status, daemon.release(answer.text).status) == (201, 200)
+        return int(answer.headers["x-fencing-token"])
+
+    turns = [pool.submit(acquire_and_release) for _ in range(20)]
+    assert not wait_for_any(turns, 0.5, FIRST_COMPLETED).done
+
+    started = time.monotonic()
+    daemon.release(lease)
+
+    assert len({turn.result(30) for turn in turns}) == 20
+    assert time.monotonic() - started < 4  # each is woken by the release before it, and does not sleep until it looks
+
+
+def test_twenty_waiters_cost_etcd_a_few_reads_a_second_and_nothing_else(
+    on_etcd: Daemon, etcd: Etcd, key: str, pool: ThreadPoolExecutor
+) -> None:
+    lease = on_etcd.acquire(key).text
+    line = waiters(pool, on_etcd, key, 20, "5s")
+    before = calls(etcd)
+
+    answered, _ = wait_for_any(line, 2, FIRST_COMPLETED)
+    cost = calls(etcd) - before
+
+    assert not answered
+    assert set(cost) == {"Range"} and cost["Range"] <= 12
+    on_etcd.release(lease)
+
+
+def test_two_hundred_waiters_hinder_nobody_and_leave_when_they_hang_up(start: Callable[..., Daemon]) -> None:
+    daemon = start("mock")
+    lease = daemon.acquire("k").text
+
+    def open_fds() -> float:
+        return parse_metrics(daemon.request("GET", "/metrics").text)["process_open_fds"][frozenset()]
+
+    with contextlib.ExitStack() as line:
+        for _ in range(200):
+            line.enter_context(send_waiting(daemon, "k"))
+        eventually(lambda: open_fds() > 200)
+        started = time.monotonic()
+        assert daemon.keep_alive(lease).status == 200
+        assert daemon.acquire("k").text == lease
+        assert time.monotonic() - started < 5
+
+    eventually(lambda: open_fds() < 20)
+
+
+# == Cache ===========================================================================================================
+
+
+@pytest.fixture(scope="session")
+def cached(folder: Path, etcd: Etcd) -> Iterator[Daemon]:
+    """A replica that remembers two held keys."""
+    daemon = Daemon(folder, etcd.url, CACHE_ENABLED="true", CACHE_SIZE="2")
+    yield daemon
+    assert daemon.stop() == 0
+
+
+@pytest.mark.parametrize("taken_here", [True, False])
+def test_a_key_known_to_be_held_is_refused_without_asking_etcd(
+    on_etcd: Daemon, cached: Daemon, etcd: Etcd, key: str, taken_here: bool
+) -> None:
+    lease = (cached if taken_here else on_etcd).acquire(key).text
+    cached.acquire(key)
+    before = calls(etcd)
+
+    refusals = [cached.acquire(key) for _ in range(5)]
+
+    assert {(refusal.status, refusal.text) for refusal in refusals} == {(202, lease)}
+    assert calls(etcd) == before
+
+
+@pytest.mark.parametrize("ask", [Daemon.keep_alive, Daemon.release])
+@pytest.mark.parametrize("behind_its_back", [False, True])
+def test_a_204_and_a_release_through_this_replica_are_heeded_at_once(
+    cached: Daemon, etcd: Etcd, key: str, ask: Callable[[Daemon, str], Answer], behind_its_back: bool
+) -> None:
+    lease = cached.acquire(key).text
+    if behind_its_back:
+        etcd.call("/lease/revoke", {"ID": lease})
+    assert cached.acquire(key).status == 202
+
+    status = ask(cached, lease).status
+
+    assert status == (204 if behind_its_back else 200)
+    assert cached.acquire(key).status == (202 if status == 200 and ask is Daemon.keep_alive else 201)
+
+
+def test_a_cached_refusal_lasts_no_longer_than_the_holder_though_the_asker_has_a_long_ttl(
+    on_etcd: Daemon, cached: Daemon, key: str
+) -> None:
+    lease = on_etcd.acquire(key, "2s").text
+    assert cached.acquire(key, "1h").text == lease
+
+    on_etcd.release(lease)
+
+    assert eventually(lambda: cached.acquire(key, "1h").status == 201, 6)
+
+
+def test_the_least_recently_used_key_leaves_a_full_cache(cached: Daemon, etcd: Etcd, key: str) -> None:
+    for name in "abc":
+        cached.acquire(key + name)
+    before = calls(etcd)
+
+    in_memory = [cached.acquire(key + name).status for name in "bcbc"]
+    between = calls(etcd)
+    forgotten = cached.acquire(key + "a").status
+
+    assert (in_memory, forgotten) == ([202] * 4, 202)
+    assert between == before
+    assert calls(etcd)["Range"] > before["Range"]
+
+
+class SlowStorage(shared_lock.MemoryStorage):
+    """Counts who asks for locks, and holds an answer back while the test wants that."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__(clock)
+        self.asked = 0
+        self.read, self.go_on = threading.Event(), threading.Event()
+        self.go_on.set()
+
+    def acquire(self, key: str, value: str, ttl: int) -> shared_lock.Grant | shared_lock.Holder:
+        self.asked += 1
+        outcome = super().acquire(key, value, ttl)
+        self.read.set()
+        assert self.go_on.wait(10)
+        return outcome
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """What the module takes for the time."""
+    clock = Clock()
+    monkeypatch.setattr(time, "monotonic", clock)
+    return clock
+
+
+def cached_service(clock: Clock) -> tuple[shared_lock.LockService, SlowStorage]:
+    storage, metrics = SlowStorage(clock), shared_lock.Metrics()
+    return shared_lock.LockService(storage, metrics, shared_lock.Cache(10, metrics, clock)), storage
+
+
+@pytest.mark.parametrize("renewed", [False, True])
+def test_a_cached_refusal_lasts_as_long_as_the_holder_has_left(clock: Clock, renewed: bool) -> None:
+    service, storage = cached_service(clock)
+    lease = service.acquire("k", "", 10).lease
+    if renewed:
+        clock.ahead = 8
+        service.renew(lease)
+    ends = 18 if renewed else 10
+
+    clock.ahead = ends - 0.5
+    assert service.acquire("k", "", 3600).lease == lease
+    assert storage.asked == 1
+
+    clock.ahead = ends + 0.1
+    assert isinstance(service.acquire("k", "", 3600), shared_lock.Grant)
+
+
+def test_a_refusal_that_a_release_overtook_is_not_remembered(pool: ThreadPoolExecutor) -> None:
+    service, storage = cached_service(Clock())
+    lease = storage.acquire("k", "", 60).lease
+    storage.read.clear()
+    storage.go_on.clear()
+    late = pool.submit(service.acquire, "k", "", 60)
+    assert storage.read.wait(10)
+
+    service.release(lease)
+    storage.go_on.set()
+
+    assert late.result(10).lease == lease
+    assert isinstance(service.acquire("k", "", 60), shared_lock.Grant)
+
+
+def test_the_cache_forgets_in_time_and_only_what_was_released() -> None:
+    clock = Clock()
+    cache = shared_lock.Cache(10, shared_lock.Metrics(), clock)
+    cache.remember("old", 1, clock() + 5, cache.releases)
+    cache.remember("new", 2, clock() + 60, cache.releases)
+
+    stale = cache.releases
+    cache.released(77)
+    cache.remember("stale", 3, clock() + 60, stale)
+    cache.remember("new", 4, clock() + 60, cache.releases)
+    cache.released(2)
+    clock.ahead = 6
+    cache.renewed(1, clock() + 60)
+
+    assert [holder and holder.lease for holder in map(cache.holder, ("old", "new", "stale"))] == [1, 4, None]
+    cache.released(1)
+    assert cache.holder("old") is None
+
+
+# == Readiness and metrics ===========================================================================================
+
+
+def test_readiness_follows_etcd_and_health_does_not(tmp_path: Path, start: Callable[..., Daemon]) -> None:
+    etcd = Etcd(tmp_path)
+    daemon = start(etcd.url, ETCD_TIMEOUT="1s")
+    try:
+        for _ in range(2):
+            down = daemon.request("GET", "/ready")
+            assert (down.status, daemon.request("GET", "/health").status) == (503, 200)
+            assert re.fullmatch(r"storage failed: \S.*\n", down.text)
+            assert down.headers["content-type"] == "text/plain; charset=utf-8"
+
+            etcd.start().wait()
+            assert eventually(lambda: daemon.request("GET", "/ready").status == 200)
+            assert daemon.request("HEAD", "/ready")[:2] == (200, b"")
+
+            etcd.stop()
+            assert eventually(lambda: daemon.request("GET", "/ready").status == 503)
+    finally:
+        etcd.stop()
+
+
+def test_operations_are_counted_under_the_names_of_the_go_service(start: Callable[..., Daemon]) -> None:
+    daemon = start("mock", CACHE_ENABLED="true")
+
+    lease = daemon.acquire("count-me", value="my-value").text
+    assert [daemon.acquire("count-me").status for _ in range(3)] == [202] * 3
+    assert [daemon.keep_alive(body).status for body in (lease, lease, "17", "x", '"x"')] == [200, 200, 204, 400, 500]
+    assert [daemon.release(body).status for body in (lease, lease, "x")] == [200, 204, 400]
+    assert [daemon.acquire(key, ttl).status for key, ttl in (("", "1s"), ("k", "x"), ("k", "1s"))] == [400, 400, 201]
+
+    assert operations(daemon) == {"get created": 2, "get accepted": 3, "prolong success": 2, "prolong failure": 1,
+                                  "release success": 1, "release failure": 1}  # fmt: skip
+    assert operations(daemon, "cache") == {"get success": 3, "get failure": 2, "set success": 2, "evict success": 1}
+    text = daemon.request("GET", "/metrics").text
+    assert not any(secret in text for secret in ("count-me", "my-value", lease))
+
+
+def test_the_time_of_grants_is_a_cumulative_histogram(start: Callable[..., Daemon]) -> None:
+    daemon = start("mock")
+    for number in range(5):
+        daemon.acquire(str(number))
+    daemon.acquire("0")
+
+    answer = daemon.request("GET", "/metrics")
+
+    assert answer.headers["content-type"].replace(" ", "") == "text/plain;version=0.0.4;charset=utf-8"
+    samples, name = parse_metrics(answer.text), "shared_lock_lease_grant_duration_seconds"
+    buckets = {float(dict(labels)["le"]): count for labels, count in samples[name + "_bucket"].items()}
+    assert {dict(labels)["operation"] for labels in samples[name + "_bucket"]} == {"get"}
+    assert (min(buckets), sorted(buckets)[-2], max(buckets)) == (0.001, 10, math.inf)
+    assert list(buckets) == sorted(buckets) and list(buckets.values()) == sorted(buckets.values())
+    assert buckets[math.inf] == samples[name + "_count"][frozenset({("operation", "get")})] == 5
+    assert 0 < samples[name + "_sum"][frozenset({("operation", "get")})] < 5
+
+
+def test_failures_of_the_storage_are_counted_as_errors(start: Callable[..., Daemon]) -> None:
+    daemon = start(f"http://127.0.0.1:{free_port()}", ETCD_TIMEOUT="300ms")
+
+    statuses = [daemon.acquire("k").status, daemon.keep_alive("17").status, daemon.release("17").status]
+
+    assert statuses == [500, 500, 500]
+    assert operations(daemon) == {"get error": 1, "prolong error": 1, "release error": 1}
+
+
+def test_a_caller_that_waits_is_counted_once(start: Callable[..., Daemon], pool: ThreadPoolExecutor) -> None:
+    daemon = start("mock")
+    lease = daemon.acquire("k").text
+    daemon.acquire("k", **{"x-lease-wait": "1s"})
+    [waiter] = waiters(pool, daemon, "k")
+
+    daemon.release(lease)
+
+    assert waiter.result(5).status == 201
+    assert operations(daemon) == {"get created": 2, "get accepted": 1, "release success": 1}
+
+
+# == Profiles ========================================================================================================
+
+
+def decode(data: bytes) -> dict[int, list[Any]]:
+    """The fields of a protobuf message by number: ints and bytes."""
+    fields: dict[int, list[Any]] = collections.defaultdict(list)
+    place = 0
+
+    def varint() -> int:
+        nonlocal place
+        value = 0
+        for shift in range(0, 70, 7):
+            byte, place = data[place], place + 1
+            value |= (byte & 0x7F) << shift
+            if byte < 0x80:
+                return value
+        raise AssertionError("a varint of more than 10 bytes")
+
+    while place < len(data):
+        number, kind = divmod(varint(), 8)
+        assert kind in (0, 2) and number, (number, kind)
+        value = varint()
+        if kind == 2:
+            place += value
+            assert place <= len(data)
+        fields[number].append(value if kind == 0 else data[place - value : place])
+    return fields
+
+
+class Profile:
+    """A profile as `go tool pprof` reads it: (kind, unit), and of each sample its value and (function, file)s."""
+
+    def __init__(self, answer: Answer) -> None:
+        assert answer.status == 200, answer
+        fields = decode(gzip.decompress(answer.body))
+        strings = [text.decode() for text in fields[6]]
+        assert strings[0] == ""
+        [sample_type] = map(decode, fields[1])
+        self.type = strings[sample_type[1][0]], strings[sample_type[2][0]]
+        functions = {one[1][0]: (strings[one[2][0]], strings[one[4][0]]) for one in map(decode, fields[5])}
+        locations = {one[1][0]: functions[decode(one[4][0])[1][0]] for one in map(decode, fields[4])}
+        assert 0 not in functions and 0 not in locations
+        samples = map(decode, fields[2])
+        self.samples = [(one[2][0], [locations[number] for number in one[1]]) for one in samples]
+
+    @property
+    def ours(self) -> set[str]:
+        """The functions of shared_lock.py in it."""
+        frames = itertools.chain.from_iterable(stack for _, stack in self.samples)
+        return {function for function, file in frames if file.endswith("shared_lock.py")}
+
+
+def defined_names() -> set[str]:
+    """What a function of shared_lock.py can be called, without its class."""
+    unnamed = {"<module>", "<lambda>", "<genexpr>", "<listcomp>", "<dictcomp>", "<setcomp>"}
+    return unnamed | set(re.findall(r"(?:def|class) (\w+)", (HERE / "shared_lock.py").read_text()))
+
+
+@pytest.fixture(scope="session")
+def profiled(folder: Path) -> Iterator[Daemon]:
+    daemon = Daemon(folder, "mock", PPROF_ENABLED="true")
+    yield daemon
+    assert daemon.stop() == 0
+    assert "Traceback" not in daemon.log() and "internal error" not in daemon.log()
+
+
+def test_a_cpu_profile_shows_where_the_time_goes(profiled: Daemon, pool: ThreadPoolExecutor) -> None:
+    stop = threading.Event()
+
+    def load() -> None:
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", profiled.port, timeout=30)) as connection:
+            while not stop.is_set():
+                connection.request("POST", "/lease", b'{"key": "busy"}')
+                connection.getresponse().read()
+
+    clients = [pool.submit(load) for _ in range(4)]
+    profile = Profile(profiled.request("GET", "/debug/pprof/profile?seconds=1"))
+    stop.set()
+
+    assert [client.exception(10) for client in clients] == [None] * 4
+    assert profile.type == ("cpu", "nanoseconds")
+    assert {name.split(".")[-1] for name in profile.ours} & {"handle", "answer", "acquire"}
+    assert {name.split(".")[-1] for name in profile.ours} <= defined_names()
+    assert all(0 < value < 2e9 for value, _ in profile.samples)
+    assert 0.05e9 < sum(value for value, _ in profile.samples) < 2e9
+
+
+def test_a_cpu_profile_never_takes_a_thread_for_one_that_has_ended(pool: ThreadPoolExecutor) -> None:
+    request = shared_lock.Request(shared_lock.parse_head(b"GET /debug/pprof/profile?seconds=1 HTTP/1.1"), b"")
+    profiling = pool.submit(shared_lock.cpu_profile, request)
+
+    def burn(ends: float) -> None:
+        while time.monotonic() < ends:
+            pass
+
+    def rest(seconds: float) -> None:
+        time.sleep(seconds)
+
+    while not profiling.done():
+        for work, argument in ((burn, time.monotonic() + 0.05), (rest, 0.03)):  # the second inherits the first's ident
+            thread = threading.Thread(target=work, args=(argument,))
+            thread.start()
+            thread.join()
+
+    profile = Profile(Answer(200, profiling.result().body, {}))
+    used = {
+        work: sum(n for n, stack in profile.samples if any(work in f for f, _ in stack)) for work in ("burn", "rest")
+    }
+    assert all(0 < value < 2e9 for value, _ in profile.samples)
+    assert used["burn"] > 10 * used["rest"]
+
+
+def test_a_heap_profile_shows_which_functions_hold_memory(profiled: Daemon) -> None:
+    for number in range(100):
+        profiled.acquire(f"heap {number}")
+
+    profile = Profile(profiled.request("GET", "/debug/pprof/heap"))
+
+    assert profile.type == ("inuse_space", "bytes")
+    assert 10_000 < sum(value for value, _ in profile.samples) < 1 << 30
+    assert profile.ours and {name.split(".")[-1] for name in profile.ours} <= defined_names()
+
+
+def test_the_stack_of_every_thread_is_shown_and_all_profiles_are_listed(profiled: Daemon) -> None:
+    text = profiled.request("GET", "/debug/pprof/goroutine?debug=2").text
+    index = profiled.request("GET", "/debug/pprof/")
+
+    assert "MainThread" in text and "shared_lock.py:" in text
+    assert "thread_stacks" in Profile(profiled.request("GET", "/debug/pprof/goroutine")).ours
+    assert index.status == 200 and all(name in index.text for name in ("profile", "heap", "goroutine"))
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "x", "", "1e3", "99999999999", "0.5s"])
+def test_a_profile_takes_a_number_of_seconds(profiled: Daemon, seconds: str) -> None:
+    answer = profiled.request("GET", f"/debug/pprof/profile?seconds={seconds}")
+
+    assert answer.status == 400
+    assert "seconds" in answer.text and f'"{seconds}"' in answer.text
+
+
+@pytest.mark.parametrize("page", ["", "profile?seconds=1", "heap", "goroutine?debug=2"])
+def test_without_the_switch_there_are_no_profiles(daemon: Daemon, page: str) -> None:
+    assert daemon.request("GET", "/debug/pprof/" + page).status == 404
+
+
+def test_without_the_switch_no_tool_of_profiling_is_loaded(
+    start: Callable[..., Daemon], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")  # as python -X importtime
+
+    quiet, profiled = start("mock"), start("mock", PPROF_ENABLED="true")
+    quiet.acquire("k")
+    profiled.request("GET", "/debug/pprof/heap")
+
+    assert re.search(r"\| +socket\n", quiet.log()) and not re.search(r"\| +(tracemalloc|gzip|etcd3gw)\n", quiet.log())
+    assert re.search(r"\| +tracemalloc\n", profiled.log()) and re.search(r"\| +gzip\n", profiled.log())
+
+
+# == Combiner ========================================================================================================
+
+
+class HeldCall:
+    """A combined call that multiplies by ten, each time only after the test has let it go on."""
+
+    def __init__(self, share: float = 0.1) -> None:
+        self.batches: list[list[int]] = []
+        self.threads: list[int] = []
+        self.faults: dict[int, Exception] = {}  # by item: a call with such an item fails
+        self.short = False  # answers less than it was asked
+        self._may_go_on = threading.Semaphore(0)
+        self.combiner = shared_lock.Combiner[int, int](self, lambda item: share)
+
+    def __call__(self, items: list[int], deadline: float) -> list[int]:
+        self.batches.append(list(items))
+        self.threads.append(threading.get_ident())
+        assert self._may_go_on.acquire(timeout=10)
+        for item in items:
+            if item in self.faults:
+                raise self.faults[item]
+        return [item * 10 for item in items][: 1 if self.short else None]
+
+    def let_go(self, count: int = 1) -> None:
+        self._may_go_on.release(count)
+
+    def ask(self, item: int, seconds: float = 10) -> int:
+        return self.combiner.ask(item, time.monotonic() + seconds)
+
+    def ask_behind(self, pool: ThreadPoolExecutor, *items: int, seconds: float = 10) -> list[Future[int]]:
+        """Callers that come, in this order, while a call is in flight."""
+        futures = []
+        for item in items:
+            queued = len(self.combiner._queue)
+            futures.append(pool.submit(self.ask, item, seconds))
+            eventually(lambda queued=queued: len(self.combiner._queue) > queued)  # type: ignore[misc]
+        return futures
+
+    def ask_first(self, pool: ThreadPoolExecutor, item: int) -> Future[int]:
+        future = pool.submit(self.ask, item)
+        eventually(lambda: self.batches == [[item]])
+        return future
+
+
+def fault_of(future: Future[Any]) -> type[BaseException] | None:
+    fault = future.exception(10)
+    return type(fault) if fault else None
+
+
+def test_a_lone_caller_makes_its_call_in_its_own_thread() -> None:
+    call = HeldCall()
+    call.let_go()
+
+    assert call.ask(1) == 10
+
+    assert (call.batches, call.threads) == ([[1]], [threading.get_ident()])
+
+
+def test_callers_that_come_during_a_call_share_the_next_and_never_that_one(pool: ThreadPoolExecutor) -> None:
+    call = HeldCall()
+    first = call.ask_first(pool, 1)
+    later = call.ask_behind(pool, 1, 2, 3)
+
+    call.let_go(2)
+
+    assert [future.result(10) for future in (first, *later)] == [10, 10, 20, 30]
+    assert call.batches == [[1], [1, 2, 3]]
+
+
+@pytest.mark.parametrize(("share", "sizes"), [(1 / 4, [1, 4, 4, 1]), (0.6, [1] * 10), (2.0, [1] * 10), (0.0, [1, 9])])
+def test_a_call_carries_no_more_than_fits(pool: ThreadPoolExecutor, share: float, sizes: list[int]) -> None:
+    call = HeldCall(share)
+    first = call.ask_first(pool, 1)
+    later = call.ask_behind(pool, *range(2, 11))
+
+    call.let_go(10)
+
+    assert [future.result(10) for future in (first, *later)] == list(range(10, 110, 10))
+    assert [len(batch) for batch in call.batches] == sizes
+
+
+def test_a_refusal_harms_only_the_caller_that_is_refused(pool: ThreadPoolExecutor) -> None:
+    call = HeldCall()
+    call.faults[3] = shared_lock.Refused("requested lease not found", 5)
+    first = call.ask_first(pool, 1)
+    later = call.ask_behind(pool, 2, 3, 4)
+
+    call.let_go(5)
+
+    assert [future.result(10) for future in (first, later[0], later[2])] == [10, 20, 40]
+    with pytest.raises(shared_lock.Refused, match="lease not found") as refusal:
+        later[1].result(10)
+    assert refusal.value.code == 5
+    assert call.batches == [[1], [2, 3, 4], [2], [3], [4]]
+
+
+@pytest.mark.parametrize("kind", [shared_lock.Unavailable, shared_lock.OutcomeUnknown])
+def test_a_failure_of_the_call_is_told_to_all_that_share_it(pool: ThreadPoolExecutor, kind: type[Exception]) -> None:
+    call = HeldCall()
+    call.faults[3] = kind("etcd is away")
+    first = call.ask_first(pool, 1)
+    later = call.ask_behind(pool, 2, 3, 4)
+
+    call.let_go(2)
+
+    assert [fault_of(future) for future in (first, *later)] == [None, kind, kind, kind]
+    assert "etcd is away" in str(later[2].exception())
+    assert len(call.batches) == 2
+
+
+@pytest.mark.parametrize("defect", ["raises", "answers too few"])
+def test_a_defect_in_the_call_strands_nobody(pool: ThreadPoolExecutor, defect: str) -> None:
+    call = HeldCall()
+    call.ask_first(pool, 1)
+    sharing = call.ask_behind(pool, 2, 3, 4, seconds=3)
+    call.faults = {3: ZeroDivisionError()} if defect == "raises" else {}
+    call.let_go()
+    eventually(lambda: len(call.batches) == 2)
+    call.short = defect == "answers too few"
+    [behind] = call.ask_behind(pool, 5, seconds=3)
+
+    call.let_go(10)
+
+    assert all(isinstance(future.exception(8), Exception) for future in sharing)
+    call.short = False
+    assert [fault_of(behind), call.ask(6, 2)] == [None, 60]
+
+
+def test_who_times_out_in_the_queue_was_never_asked_for(pool: ThreadPoolExecutor) -> None:
+    call = HeldCall()
+    first = call.ask_first(pool, 1)
+    [impatient] = call.ask_behind(pool, 2, seconds=0.3)
+    behind = call.ask_behind(pool, 3, 4)
+
+    assert fault_of(impatient) is shared_lock.Unavailable
+    call.let_go(2)
+
+    assert [future.result(10) for future in (first, *behind)] == [10, 30, 40]
+    assert call.batches == [[1], [3, 4]]
+
+
+def test_who_times_out_in_flight_does_not_know_the_outcome(pool: ThreadPoolExecutor) -> None:
+    call = HeldCall()
+    first = call.ask_first(pool, 1)
+    before = call.ask_behind(pool, 2)
+    impatient = call.ask_behind(pool, 3, 4, seconds=0.8)
+    behind = call.ask_behind(pool, 5)
+    call.let_go()
+    eventually(lambda: call.batches == [[1], [2, 3, 4, 5]])
+
+    assert [fault_of(future) for future in impatient] == [shared_lock.OutcomeUnknown] * 2
+    call.let_go()
+
+    assert [future.result(10) for future in (first, *before, *behind)] == [10, 20, 50]
+
+
+def test_under_load_every_caller_gets_the_answer_to_its_own_item(pool: ThreadPoolExecutor) -> None:
+    sizes: list[int] = []
+
+    def call(items: list[int], deadline: float) -> list[int | shared_lock.StorageError]:
+        sizes.append(len(items))
+        time.sleep(0.0005)
+        if len(items) > 1 and any(item % 97 == 0 for item in items):
+            raise shared_lock.Refused("one of them")
+        return [shared_lock.Unavailable(str(item)) if item % 89 == 0 else -item for item in items]
+
+    combiner = shared_lock.Combiner[int, int](call, lambda item: 1 / 16)
+
+    def ask(caller: int) -> None:
+        for item in range(caller * 1000 + 1, caller * 1000 + 101):
+            try:
+                assert combiner.ask(item, time.monotonic() + 20) == -item
+            except shared_lock.Unavailable as fault:
+                assert item % 89 == 0 and str(fault) == str(item)
+
+    list(pool.map(ask, range(40)))
+
+    assert 4 < max(sizes) <= 16
+
+
+# == MemoryStorage ===================================================================================================
+
+
+def entries(storage: shared_lock.MemoryStorage) -> int:
+    """How much its tables hold, whatever tables it has."""
+    return sum(len(table) for table in vars(storage).values() if isinstance(table, (dict, list, set)))
+
+
+def test_in_memory_a_lock_lasts_for_its_ttl_and_no_longer() -> None:
+    clock = Clock()
+    storage = shared_lock.MemoryStorage(clock)
+    first = storage.acquire("k", "v", 10)
+
+    clock.ahead = 9.5
+    held = storage.acquire("k", "", 10)
+    clock.ahead = 10.1
+    free, second = storage.look("k"), storage.acquire("k", "", 10)
+
+    assert isinstance(held, shared_lock.Holder) and held.lease == first.lease
+    assert free is None
+    assert isinstance(second, shared_lock.Grant) and second.token > first.token
+    assert (storage.renew(first.lease), storage.describe(first.lease)) == (0, None)
+
+
+def test_in_memory_each_renewal_starts_the_ttl_again() -> None:
+    clock = Clock()
+    storage = shared_lock.MemoryStorage(clock)
+    lease = storage.acquire("k", "v", 10).lease
+
+    for clock.ahead in (9, 18, 27):
+        assert storage.renew(lease) == 10
+    clock.ahead = 36.5
+    info, holder = storage.describe(lease), storage.look("k")
+
+    assert info and info[:2] == (0, 10)
+    assert holder and (holder.lease, holder.value) == (lease, b"v")
+    clock.ahead = 37.1
+    assert storage.look("k") is None
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_memory_shrinks_when_locks_end(released: bool) -> None:
+    clock = Clock()
+    storage = shared_lock.MemoryStorage(clock)
+    service = shared_lock.LockService(storage, shared_lock.Metrics())
+
+    for number in range(1000):
+        lease = storage.acquire(f"k{number}", "v", 86_400 if released else 1 + number % 50).lease
+        storage.renew(lease)
+        if released:
+            service.release(lease)
+    clock.ahead = 0 if released else 60
+    storage.look("k")
+
+    assert entries(storage) < 100
+
+
+def test_in_memory_leases_are_random_and_tokens_grow() -> None:
+    storage = shared_lock.MemoryStorage(Clock())
+
+    grants = [storage.acquire(f"k{number}", "", 10) for number in range(200)]
+
+    leases = [grant.lease for grant in grants]
+    assert len(set(leases)) == 200 and leases != sorted(leases)
+    assert min(leases) > 0 and 2**61 < max(leases) < 2**63
+    assert all(earlier.token < later.token for earlier, later in itertools.pairwise(grants))
+
+
+# == Gateway =========================================================================================================
+
+
+@pytest.fixture
+def gateway(etcd: Etcd) -> shared_lock.Gateway:
+    """A gateway in this process, as open_storage builds it."""
+    session: Any = shared_lock.EtcdSession(shared_lock.Config.from_env({"SHARED_LOCK_ETCD_ADDR_LIST": etcd.url}))
+    return shared_lock.Gateway(etcd3gw.Etcd3Client(session=session, api_path="/v3/"))
+
+
+def soon() -> float:
+    return time.monotonic() + 10
+
+
+def granted(gateway: shared_lock.Gateway, count: int) -> list[int]:
+    leases = [shared_lock.new_lease_id() for _ in range(count)]
+    assert [gateway.grant((lease, 60), soon()) for lease in leases] == [60] * count
+    return leases
+
+
+class FakeClient:
+    """Stands for etcd3gw's client: renews what it is asked for, but the first answers lack some leases."""
+
+    def __init__(self, *omissions: set[int]) -> None:
+        self.omissions = list(omissions)
+        self.asked: list[list[int]] = []
+
+    def get_url(self, path: str) -> str:
+        return "http://nowhere/v3" + path
+
+    def post(self, url: str, *, json: list[dict[str, int]], deadline: float) -> list[dict[str, Any]]:
+        self.asked.append([line["ID"] for line in json])
+        omitted = self.omissions.pop(0) if self.omissions else set()
+        lines: list[dict[str, Any]] = [{"error": {"grpc_code": 1, "message": "cut"}}] if omitted else []
+        for lease in reversed(self.asked[-1]):
+            if lease not in omitted:
+                lines.append({"result": {"ID": str(lease), **({"TTL": str(lease * 10)} if lease % 2 else {})}})
+        return lines
+
+
+def test_answers_to_keepalives_are_matched_by_id() -> None:
+    answers = shared_lock.Gateway(FakeClient({5})).keep_alive([1, 2, 5, 3, 1], soon())
+
+    assert answers[:2] + answers[3:] == [10, 0, 30, 10]
+    assert isinstance(answers[2], shared_lock.Unavailable)
+
+
+def test_a_keepalive_whose_answer_is_missing_is_repeated() -> None:
+    client = FakeClient({7}, {7})
+    storage = shared_lock.EtcdStorage(shared_lock.Gateway(client), 5)
+
+    assert storage.renew(7) == 70
+
+    assert client.asked == [[7], [7], [7]]
+
+
+def test_sixty_four_keepalives_in_one_call_are_all_answered(gateway: shared_lock.Gateway) -> None:
+    leases = granted(gateway, 63)
+    unknown = shared_lock.new_lease_id()
+
+    for _ in range(20):
+        assert gateway.keep_alive([*leases, unknown], soon()) == [60] * 63 + [0]
+
+
+def test_of_two_claims_of_one_key_in_one_call_the_first_wins(
+    gateway: shared_lock.Gateway, etcd: Etcd, key: str
+) -> None:
+    a, b, c, d = granted(gateway, 4)
+    names = [key, key + " another", key, key + " held"]
+    held = gateway.claim([shared_lock.Claim(names[3], "", d)], soon())
+    claims = [shared_lock.Claim(name, "v", lease) for name, lease in zip(names, (a, b, c, c), strict=True)]
+
+    holders: list[Any] = list(gateway.claim(claims, soon()))
+
+    assert [holder.lease for holder in holders] == [a, b, a, d]
+    assert holders[3] == held[0]
+    assert etcd.key(key) == {"create_revision": holders[0].token, "lease": a, "value": b"v"}
+    assert gateway.claim(claims, soon()) == holders  # a repetition finds its own lease
+    assert gateway.holders([key, key + " free", key], soon()) == [holders[0], None, holders[0]]
+
+
+def test_a_claim_whose_lease_is_gone_does_not_harm_those_beside_it(
+    gateway: shared_lock.Gateway, etcd: Etcd, key: str, pool: ThreadPoolExecutor
+) -> None:
+    leases = [*granted(gateway, 2), shared_lock.new_lease_id(), *granted(gateway, 1)]
+    sent, go_on, sizes = threading.Event(), threading.Event(), list[int]()
+
+    def call(claims: list[shared_lock.Claim], deadline: float) -> list[shared_lock.Holder | shared_lock.StorageError]:
+        sent.set()
+        assert go_on.wait(10)
+        sizes.append(len(claims))
+        return gateway.claim(claims, deadline)
+
+    combiner = shared_lock.Combiner[shared_lock.Claim, shared_lock.Holder](call, lambda claim: 1 / 64)
+    claims = [shared_lock.Claim(f"{key}{number}", "", lease) for number, lease in enumerate(leases)]
+    futures = [pool.submit(combiner.ask, claims[0], soon())]
+    assert sent.wait(10)
+    futures += [pool.submit(combiner.ask, claim, soon()) for claim in claims[1:]]
+    eventually(lambda: len(combiner._queue) == 3)
+    go_on.set()
+
+    assert [future.result(10).lease for future in (*futures[:2], futures[3])] == [*leases[:2], leases[3]]
+    assert fault_of(futures[2]) is shared_lock.Refused
+    assert (sizes, etcd.key(claims[2].key)) == ([1, 3, 1, 1, 1], None)
+
+
+PREFIX = b"/shared-lock/"
+RECOVERY_SECONDS = 6  # how long after a fault clients may be told of it
+
+# == Faults: clusters, a proxy that breaks calls, clients and what etcd saw of them ===================================
+
+
+class Cluster:
+    """Three members of etcd, which tests may kill, freeze and restart; heal() makes all three well again."""
+
+    def __init__(self, folder: Path) -> None:
+        peers = {f"m{number}": free_port() for number in range(3)}
+        self.members = [Etcd(folder, name, peers) for name in peers]
+        self.urls = ",".join(member.url for member in self.members)
+
+    def leader(self) -> Etcd:
+        """The member that leads, by its own word."""
+
+        def find() -> Etcd | None:
+            for member in self.members:
+                with contextlib.suppress(OSError, AssertionError, http.client.HTTPException):
+                    status = member.call("/maintenance/status", {}, timeout=1)
+                    if status["leader"] == status["header"]["member_id"]:
+                        return member
+            return None
+
+        found: Etcd = eventually(find, 30)
+        return found
+
+    def follower(self) -> Etcd:
+        leader = self.leader()
+        return next(member for member in self.members if member is not leader)
+
+    def heal(self) -> Cluster:
+        for member in self.members:
+            if member.process and member.process.poll() is None:
+                member.signal(signal.SIGCONT)
+            else:
+                member.start()
+        for member in self.members:
+            member.wait()
+        return self
+
+
+class Proxy:
+    """Stands between the daemon and one etcd, reads whole requests and answers, and breaks those that a rule is for.
+
+    `rule` is (path, what to do, how many times), and the next of `rules` is in force once it is used up. To do:
+    drop-request, drop-answer (after etcd has committed), cut (an answer in its middle), late (an answer, by
+    LATE_SECONDS), surplus (bytes after an answer), 503 and no-leader (an answer of our own, etcd is not asked).
+    """
+
+    LATE_SECONDS = 1.3
+    OWN_ANSWERS: ClassVar = {
+        "503": "<html>service unavailable</html>",
+        "no-leader": '{"error":"etcdserver: no leader","message":"etcdserver: no leader","code":14}',
+    }
+
+    def __init__(self, etcd: Etcd) -> None:
+        self._target = ("127.0.0.1", etcd.port)
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._server.getsockname()[1]}"
+        self._mutex = threading.Lock()  # owns all below
+        self._rules: list[tuple[str, str, int]] = []
+        self.seen: list[tuple[str, str]] = []  # path, and what was done: "" where nothing
+        self.reused: list[str] = []  # paths of requests on connections that had an error, a time-out, an unread body
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    @property
+    def rule(self) -> tuple[str, str, int] | None:
+        with self._mutex:
+            return self._rules[0] if self._rules else None
+
+    @rule.setter
+    def rule(self, rule: tuple[str, str, int] | None) -> None:
+        self.rules(*[rule] if rule else [])
+
+    def rules(self, *rules: tuple[str, str, int]) -> None:
+        with self._mutex:
+            self._rules = list(rules)
+
+    def close(self) -> None:
+        self._server.shutdown(socket.SHUT_RDWR)
+        self._server.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                threading.Thread(target=self._converse, args=(self._server.accept()[0],), daemon=True).start()
+
+    def _converse(self, client: socket.socket) -> None:
+        with contextlib.suppress(OSError), client, socket.create_connection(self._target) as etcd:
+            requests, answers, spoiled = client.makefile("rb"), etcd.makefile("rb"), False
+            while request := self._read(requests):
+                path = request.split(b" ", 2)[1].decode()
+                action = self._note(path, spoiled)
+                if action == "drop-request":
+                    client.shutdown(socket.SHUT_RDWR)
+                    return
+                if own := self.OWN_ANSWERS.get(action):
+                    answer = f"HTTP/1.1 503 Service Unavailable\r\nContent-Length: {len(own)}\r\n\r\n{own}".encode()
+                else:
+                    etcd.sendall(request)
+                    answer = self._read(answers)
+                if not answer or action == "drop-answer":
+                    client.shutdown(socket.SHUT_RDWR)
+                    return
+                if action == "cut":
+                    client.sendall(answer[:-5])
+                    client.shutdown(socket.SHUT_RDWR)
+                    return
+                if action == "late":
+                    time.sleep(self.LATE_SECONDS)
+                client.sendall(answer + (b"surplus" if action == "surplus" else b""))
+                spoiled = spoiled or action != ""
+
+    def _note(self, path: str, spoiled: bool) -> str:
+        with self._mutex:
+            action = ""
+            if self._rules and path == self._rules[0][0]:
+                _, action, times = self._rules.pop(0)
+                if times > 1:
+                    self._rules.insert(0, (path, action, times - 1))
+            self.seen.append((path, action))
+            if spoiled:
+                self.reused.append(path)
+            return action
+
+    @staticmethod
+    def _read(stream: BinaryIO) -> bytes:
+        """A whole message of HTTP/1.1 as it came; nothing at the end of the connection."""
+        head = b""
+        while not head.endswith(b"\r\n\r\n"):
+            if not (line := stream.readline()):
+                return b""
+            head += line
+        fields = dict(line.lower().split(": ", 1) for line in head.decode().splitlines()[1:-1])
+        if fields.get("transfer-encoding") != "chunked":
+            return head + stream.read(int(fields.get("content-length", "0")))
+        while (size := stream.readline()) not in (b"", b"0\r\n"):
+            head += size + stream.read(int(size, 16) + 2)
+        while (trailer := stream.readline()) not in (b"", b"\r\n"):  # etcd 3.4 sends some after an error
+            size += trailer
+        return head + size + trailer
+
+
+class Call(NamedTuple):
+    """What a client asked of the daemon and was told. Status 0: the connection was dropped. Times are monotonic."""
+
+    client: int
+    operation: str
+    key: str
+    value: str
+    lease: int
+    began: float
+    ended: float
+    status: int
+    text: str
+    token: int
+
+
+class Clients:
+    """Threads that take, keep and release locks on kept connections, in a with statement; `calls` is what they saw.
+
+    The value of a lock names the try that took it. Who is told that its lease is gone tries to release it, too.
+    """
+
+    def __init__(self, daemon: Daemon, key: str, count: int = 16, ttl: str = "3s") -> None:
+        self.calls: list[Call] = []
+        self._daemon, self._ttl, self._tries = daemon, ttl, itertools.count()
+        self._keys = [f"{key}-{number}" for number in range(count * 2)]
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._run, args=(number,)) for number in range(count)]
+
+    def __enter__(self) -> Clients:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *fault: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def since(self, moment: float) -> list[Call]:
+        """The calls that began after this moment."""
+        return [call for call in self.calls if call.began > moment]
+
+    def _run(self, client: int) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", self._daemon.port, timeout=30)
+        while not self._stop.is_set():
+            key, value = random.choice(self._keys), f"try {next(self._tries)}"
+            body = json.dumps({"key": key, "value": value})
+            got = self._call(connection, client, "acquire", "POST", "/lease", body, key, value)
+            lease = int(got.text) if got.status == 201 else 0
+            if lease:
+                self._call(connection, client, "keepalive", "POST", "/keepalive", str(lease), key, value, lease)
+                self._stop.wait(random.uniform(0, 0.05))
+                self._call(connection, client, "release", "DELETE", "/lease", str(lease), key, value, lease)
+            self._stop.wait(0.02)
+        connection.close()
+
+    def _call(
+        self, connection: http.client.HTTPConnection, client: int, operation: str, method: str, path: str, body: str,
+        key: str, value: str, lease: int = 0,
+    ) -> Call:  # fmt: skip
+        began, status, text, token = time.monotonic(), 0, "", 0
+        try:
+            connection.request(method, path, body, {"x-lease-ttl": self._ttl})
+            answer = connection.getresponse()
+            status, text, token = answer.status, answer.read().decode(), int(answer.headers["x-fencing-token"] or 0)
+        except (OSError, http.client.HTTPException) as fault:
+            text = repr(fault)
+            connection.close()
+        call = Call(client, operation, key, value, lease, began, time.monotonic(), status, text, token)
+        self.calls.append(call)
+        return call
+
+
+class Event(NamedTuple):
+    """A change of a key: `lease` is 0 where it was deleted."""
+
+    key: str
+    revision: int
+    lease: int
+    value: str
+
+
+class History:
+    """What etcd itself saw of every key, by a watch from revision 1, held against what clients were told.
+
+    - For each key put and delete alternate, and a put creates the key: nobody ever takes what is held.
+    - The token of each 201 is the create_revision of one put of the key, with the client's own lease and value, and
+      no other 201 for the key has it (one transaction may create several keys). Of two calls for a key, one after the
+      other, the later has the larger token.
+    - Whoever was told 202 put nothing, and a 500 tells what it means for the lock.
+    - Whoever was told that its lease is gone (204) could not release it afterwards.
+    """
+
+    def __init__(self, member: Etcd) -> None:
+        self.events = list(self._watch(member))
+
+    @staticmethod
+    def _watch(member: Etcd) -> Iterator[Event]:
+        end = b"/shared-lock-end"
+        member.put(end)
+        wish = {"key": base64.b64encode(end).decode(), "range_end": base64.b64encode(b"/shared-lock0").decode()}
+        last = int(member.call("/kv/range", {"key": wish["key"]})["kvs"][0]["mod_revision"])
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", member.port, timeout=20)) as connection:
+            connection.request("POST", "/v3/watch", json.dumps({"create_request": {**wish, "start_revision": 1}}))
+            answer = connection.getresponse()
+            while line := answer.readline():
+                for change in json.loads(line)["result"].get("events", []):
+                    kv = change["kv"]
+                    key, revision = base64.b64decode(kv["key"]), int(kv["mod_revision"])
+                    if revision == last:
+                        return
+                    if key.startswith(PREFIX):
+                        value = base64.b64decode(kv.get("value", "")).decode()
+                        yield Event(key.removeprefix(PREFIX).decode(), revision, int(kv.get("lease", 0)), value)
+        raise AssertionError("the watch ended early")
+
+    def check(self, calls: list[Call]) -> None:
+        by_key: dict[str, list[Event]] = collections.defaultdict(list)
+        for change in self.events:
+            by_key[change.key].append(change)
+        for changes in by_key.values():
+            assert all(bool(change.lease) == (place % 2 == 0) for place, change in enumerate(changes)), changes
+        granted = [call for call in calls if call.operation == "acquire" and call.status == 201]
+        puts = {(change.key, change.revision): change for change in self.events if change.lease}
+        for call in granted:
+            assert puts[call.key, call.token] == Event(call.key, call.token, int(call.text), call.value), call
+        assert len({(call.key, call.token) for call in granted}) == len(granted) > 0
+        latest: dict[str, Call] = {}
+        for call in sorted(granted, key=lambda call: call.token):
+            before = latest.setdefault(call.key, call)
+            assert before is call or call.ended > before.began, (before, call)
+            latest[call.key] = call
+        put_values = {(change.key, change.value) for change in puts.values()}
+        for call in calls:
+            if call.operation == "acquire" and call.status == 202:
+                assert (call.key, call.value) not in put_values, call
+            if call.operation == "acquire" and call.status == 500:
+                assert call.text.startswith(("not acquired: ", "outcome unknown: ")), call
+        gone = {call.lease: call.ended for call in calls if call.operation == "keepalive" and call.status == 204}
+        wrong = [call for call in calls if call.operation == "release" and call.status == 200 and call.lease in gone]
+        assert not wrong, f"told gone, and released then: {wrong}"
+
+
+def no_leases_left(member: Etcd) -> bool:
+    with contextlib.suppress(OSError, AssertionError):
+        return not member.leases()
+    return False
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Three members; a test that harms them heals them."""
+    servers = Cluster(tmp_path_factory.mktemp("cluster"))
+    try:
+        yield servers.heal()
+    finally:
+        for member in servers.members:
+            member.stop()
+
+
+@pytest.fixture
+def proxy(etcd: Etcd) -> Iterator[Proxy]:
+    between = Proxy(etcd)
+    yield between
+    between.close()
+
+
+@pytest.fixture
+def own_etcd(tmp_path: Path) -> Iterator[Etcd]:
+    """An etcd that only this test uses, and may harm."""
+    server = Etcd(tmp_path)
+    try:
+        yield server.start().wait()
+    finally:
+        server.stop()
+
+
+def start_on(start: Callable[..., Daemon], cluster: Cluster, member: Etcd) -> Daemon:
+    """A daemon that has picked this member of the cluster to begin with; which it picks is left to chance."""
+
+    def grants() -> list[str]:
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", member.port, timeout=10)) as connection:
+            connection.request("GET", "/metrics")
+            lines = connection.getresponse().read().decode().splitlines()
+            return [line for line in lines if "grpc_server_handled_total" in line and 'method="LeaseGrant"' in line]
+
+    for number in range(40):
+        daemon, before = start(cluster.urls), grants()
+        daemon.release(daemon.acquire(f"pick-{id(daemon)}-{number}").text)
+        if grants() != before:
+            return daemon
+        daemon.stop()
+    raise AssertionError("no daemon in 40 began with this member")
+
+
+def together(count: int, call: Callable[[int], Answer]) -> list[tuple[float, Answer]]:
+    """The answers, each with its seconds, of so many calls at the same time."""
+    answers: list[tuple[float, Answer]] = []
+    barrier = threading.Barrier(count)
+
+    def run(number: int) -> None:
+        barrier.wait()
+        began = time.monotonic()
+        answer = call(number)
+        answers.append((time.monotonic() - began, answer))
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(answers) == count
+    return answers
+
+
+# == Clusters: members that die, freeze and come back ================================================================
+
+
+def kill(member: Etcd) -> None:
+    member.stop()
+
+
+def freeze(member: Etcd) -> None:
+    member.signal(signal.SIGSTOP)
+
+
+@pytest.mark.parametrize(
+    ("harm", "role"),
+    [(kill, "leader"), (freeze, "leader"), (freeze, "follower")],
+    ids=lambda x: getattr(x, "__name__", x),
+)
+def test_clients_are_served_again_within_seconds_of_the_loss_of_a_member(
+    cluster: Cluster, start: Callable[..., Daemon], key: str, harm: Callable[[Etcd], None], role: str
+) -> None:
+    victim = cluster.leader() if role == "leader" else cluster.follower()
+    healthy = next(member for member in cluster.members if member is not victim)
+    daemon = start_on(start, cluster, victim)
+
+    with Clients(daemon, key) as clients:
+        time.sleep(1)
+        harm(victim)
+        harmed = time.monotonic()
+        time.sleep(RECOVERY_SECONDS + 1)
+    after = clients.since(harmed + RECOVERY_SECONDS)
+
+    try:
+        assert any(call.status == 201 for call in after)
+        assert not [call for call in after if call.status in (0, 500)]
+        assert not [call for call in clients.calls if call.status == 0]
+        assert len([call for call in after if call.ended - call.began > 1]) < 3  # a try of a frozen one takes 1.25 s
+        History(healthy).check(clients.calls)
+        eventually(lambda: no_leases_left(healthy), 20)
+    finally:
+        cluster.heal()
+
+
+def test_with_the_quorum_lost_answers_say_what_is_known_and_service_returns_with_it(
+    cluster: Cluster, start: Callable[..., Daemon], key: str
+) -> None:
+    daemon = start(cluster.urls, ETCD_TIMEOUT="1s")
+    lease = daemon.acquire(key, "120s").text
+
+    with Clients(daemon, key, 8) as clients:
+        time.sleep(0.5)
+        for member in cluster.members[:2]:
+            member.stop()
+        time.sleep(2.5)
+        answers = [daemon.keep_alive(lease), daemon.release("12345"), daemon.acquire(f"{key}-alone")]
+        ready = daemon.request("GET", "/ready")
+        cluster.heal()
+        healed = time.monotonic()
+        time.sleep(RECOVERY_SECONDS + 1)
+    after = clients.since(healed + RECOVERY_SECONDS)
+
+    assert [answer.status for answer in answers] == [500, 500, 500]
+    assert ready.status == 503
+    assert {call.status for call in after} <= {200, 201, 202}
+    assert any(call.status == 201 for call in after)
+    assert daemon.keep_alive(lease).status == 200
+    History(cluster.members[0]).check(clients.calls)
+    assert daemon.release(lease).status == 200
+    eventually(lambda: no_leases_left(cluster.members[0]), 20)
+
+
+def test_while_every_member_is_restarted_in_turn_nothing_is_lost(
+    cluster: Cluster, start: Callable[..., Daemon], key: str
+) -> None:
+    daemon = start(cluster.urls)
+    lock = daemon.acquire(key, "120s")
+
+    with Clients(daemon, key, 8) as clients:
+        for member in cluster.members:
+            member.stop()
+            time.sleep(0.5)
+            member.start().wait()
+            time.sleep(1)
+        restarted = time.monotonic()
+        time.sleep(4)
+    after = clients.since(restarted + 3)
+
+    assert {call.status for call in after} <= {200, 201, 202}
+    assert not [call for call in clients.calls if call.status == 0]
+    assert cluster.members[0].key(key) == {
+        "create_revision": int(lock.headers["x-fencing-token"]), "lease": int(lock.text), "value": b"",
+    }  # fmt: skip
+    History(cluster.members[1]).check(clients.calls)
+    assert daemon.release(lock.text).status == 200
+
+
+def test_a_frozen_member_is_tried_again_off_the_path_and_used_when_it_is_well(
+    cluster: Cluster, start: Callable[..., Daemon], key: str
+) -> None:
+    victim = cluster.follower()
+    daemon = start_on(start, cluster, victim)
+
+    freeze(victim)
+    served = daemon.acquire(key)
+    victim.signal(signal.SIGCONT)
+
+    assert served.status == 201
+    assert re.search(rf'event="etcd member failed" member={victim.url} reason=', daemon.log())
+    eventually(lambda: f'event="etcd member is well again" member={victim.url}' in daemon.log(), 15)
+    assert daemon.release(served.text).status == 200
+
+
+def test_refused_connections_are_left_at_once(etcd: Etcd, start: Callable[..., Daemon], key: str) -> None:
+    nobody = [f"http://127.0.0.1:{free_port()}" for _ in range(4)]
+    daemon = start(",".join([*nobody, etcd.url]), ETCD_TIMEOUT="60s")
+
+    began = time.monotonic()
+    answer = daemon.acquire(key)
+
+    assert answer.status == 201
+    assert time.monotonic() - began < 5  # a share of the budget is 10 s
+    eventually(lambda: all(f"member={url} reason=" in daemon.log() for url in nobody))
+
+
+def test_a_member_without_a_leader_is_left_at_once(
+    etcd: Etcd, proxy: Proxy, start: Callable[..., Daemon], key: str
+) -> None:
+    proxy.rule = ("/v3/kv/range", "no-leader", 10**6)
+    daemon = start(f"{proxy.url},{etcd.url}", ETCD_TIMEOUT="30s")
+
+    answers = together(16, lambda number: daemon.acquire(f"{key}-{number}"))
+
+    assert {answer.status for _, answer in answers} == {201}
+    assert max(seconds for seconds, _ in answers) < 5  # a share of the budget is 10 s
+    eventually(lambda: "no leader" in daemon.log())
+    assert daemon.log().count("etcd member failed") == 1
+
+
+def test_replicas_that_start_together_do_not_all_begin_with_the_same_member(etcd: Etcd, key: str) -> None:
+    proxies = [Proxy(etcd), Proxy(etcd)]
+    config = shared_lock.Config.from_env({"SHARED_LOCK_ETCD_ADDR_LIST": ",".join(proxy.url for proxy in proxies)})
+
+    for number in range(20):
+        assert isinstance(shared_lock.open_storage(config).acquire(f"{key}-{number}", "", 2), shared_lock.Grant)
+
+    assert all(("/v3/lease/grant", "") in proxy.seen for proxy in proxies)
+    for proxy in proxies:
+        proxy.close()
+
+
+# == The network between: requests, answers and connections that break ================================================
+
+ACTIONS = ["drop-request", "drop-answer", "cut", "late", "surplus", "503", "no-leader"]
+
+
+@pytest.mark.parametrize("path", ["/v3/kv/range", "/v3/lease/grant", "/v3/kv/txn"])
+@pytest.mark.parametrize("action", ACTIONS)
+def test_a_call_that_breaks_is_repeated_and_the_lock_is_ours_with_one_lease(
+    etcd: Etcd, proxy: Proxy, start: Callable[..., Daemon], key: str, action: str, path: str
+) -> None:
+    daemon = start(proxy.url, ETCD_TIMEOUT="5s" if action != "late" else f"{Proxy.LATE_SECONDS * 1.6}s")
+    eventually(lambda: proxy.seen)  # the look at the start
+    before = etcd.leases()
+
+    proxy.rule = (path, action, 1)
+    answer = daemon.acquire(key)
+
+    assert answer.status == 201
+    found = etcd.key(key)
+    assert found
+    assert (found["lease"], found["create_revision"]) == (int(answer.text), int(answer.headers["x-fencing-token"]))
+    assert etcd.leases() - before == {int(answer.text)}
+    assert (path, action) in proxy.seen
+    assert proxy.reused == []
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+def test_keepalive_and_release_are_repeated_as_well(
+    etcd: Etcd, proxy: Proxy, start: Callable[..., Daemon], key: str, action: str
+) -> None:
+    daemon = start(proxy.url, ETCD_TIMEOUT="5s" if action != "late" else f"{Proxy.LATE_SECONDS * 1.6}s")
+    lease = daemon.acquire(key).text
+
+    proxy.rule = ("/v3/lease/keepalive", action, 1)
+    kept = daemon.keep_alive(lease)
+    proxy.rule = ("/v3/lease/revoke", action, 1)
+    released = daemon.release(lease)
+
+    assert (kept.status, released.status) == (200, 200)
+    assert etcd.key(key) is None
+    assert int(lease) not in etcd.leases()
+    assert proxy.rule is None
+    assert proxy.reused == []
+
+
+@pytest.mark.parametrize("times", [2, 3])
+def test_an_answer_that_is_dropped_again_and_again_after_commit_is_still_201(
+    etcd: Etcd, proxy: Proxy, start: Callable[..., Daemon], key: str, times: int
+) -> None:
+    daemon = start(proxy.url)
+
+    proxy.rules(("/v3/lease/grant", "drop-answer", times), ("/v3/kv/txn", "drop-answer", times))
+    answer = daemon.acquire(key)
+
+    assert answer.status == 201
+    assert (etcd.key(key) or {})["lease"] == int(answer.text)
+
+
+@pytest.mark.parametrize("drops", [1, 2], ids=["on a kept connection", "and on a new one"])
+@pytest.mark.parametrize("path", ["/v3/lease/grant", "/v3/kv/txn"])
+def test_of_what_etcd_did_before_it_was_lost_the_answer_says_no_more_than_is_known_and_no_lease_stays(
+    etcd: Etcd, proxy: Proxy, start: Callable[..., Daemon], key: str, path: str, drops: int
+) -> None:
+    daemon, before = start(proxy.url, ETCD_TIMEOUT="1s"), etcd.leases()
+
+    proxy.rules((path, "drop-answer", drops), (path, "no-leader", 10**6))
+    answer = daemon.acquire(key, "1h")
+    found = etcd.key(key)
+    proxy.rule = None
+
+    assert answer.status == 500
+    assert answer.text.startswith(("outcome unknown: ", "not acquired: ") if not found else "outcome unknown: ")
+    eventually(lambda: not etcd.leases() - before, 5)  # in the background, long before its ttl
+
+
+def test_keepalive_says_204_only_when_etcd_knows_that_the_lease_is_gone(
+    etcd: Etcd, proxy: Proxy, start: Callable[..., Daemon], key: str
+) -> None:
+    daemon = start(proxy.url, ETCD_TIMEOUT="500ms")
+    lease = eventually(lambda: (got := daemon.acquire(key)).status == 201 and got.text)
+
+    outages = []
+    for action in ("no-leader", "503", "drop-request", "drop-answer", "cut"):
+        proxy.rule = ("/v3/lease/keepalive", action, 10**6)
+        outages.append(daemon.keep_alive(lease))
+    proxy.rule = None
+    well = daemon.keep_alive(lease)
+    etcd.call("/lease/revoke", {"ID": lease})
+    gone = daemon.keep_alive(lease)
+
+    assert [answer.status for answer in outages] == [500] * len(outages)
+    assert all(proxy.url in answer.text for answer in outages)
+    assert (well.status, gone.status) == (200, 204)
+
+
+def test_a_storm_of_failures_names_the_endpoint_and_the_reason_once(
+    etcd: Etcd, start: Callable[..., Daemon], key: str
+) -> None:
+    nobody = f"http://127.0.0.1:{free_port()}"
+    daemon = start(nobody, ETCD_TIMEOUT="1s")
+
+    answers = together(20, lambda number: daemon.keep_alive(str(number + 1)))
+
+    assert {answer.status for _, answer in answers} == {500}
+    assert daemon.log().count("etcd member failed") == 1
+    assert f'member={nobody} reason="connection refused"' in daemon.log()
+
+
+def test_after_a_restart_of_etcd_the_first_request_succeeds(
+    own_etcd: Etcd, start: Callable[..., Daemon], key: str
+) -> None:
+    daemon = start(own_etcd.url)
+    together(8, lambda number: daemon.acquire(f"{key}-{number}"))  # leaves several kept connections
+    lease = daemon.acquire(key).text
+
+    own_etcd.stop()
+    own_etcd.start().wait()
+
+    assert daemon.keep_alive(lease).status == 200
+    assert "etcd member failed" not in daemon.log()
+
+
+def test_the_timeout_bounds_callers_queued_behind_a_hanging_call_too(
+    own_etcd: Etcd, start: Callable[..., Daemon], key: str
+) -> None:
+    daemon = start(own_etcd.url, ETCD_TIMEOUT="2s")
+    lease = daemon.acquire(key).text
+
+    freeze(own_etcd)
+    answers = together(30, lambda n: daemon.keep_alive(lease) if n % 2 else daemon.acquire(f"{key}-{n}"))
+    own_etcd.signal(signal.SIGCONT)
+
+    assert {answer.status for _, answer in answers} == {500}
+    assert max(seconds for seconds, _ in answers) < 5
+    assert eventually(lambda: daemon.keep_alive(lease).status == 200)
+    eventually(lambda: own_etcd.leases() == {int(lease)}, 20)
+
+
+# == etcd says no: races, a full database, others' leases, TLS ========================================================
+
+
+def test_of_150_clients_and_40_keys_one_a_key_wins_and_losers_leave_no_lease(
+    own_etcd: Etcd, start: Callable[..., Daemon], key: str
+) -> None:
+    daemon = start(own_etcd.url, ETCD_TIMEOUT="20s")
+
+    answers = together(150, lambda number: daemon.acquire(f"{key}-{number % 40}"))
+
+    assert collections.Counter(answer.status for _, answer in answers) == {201: 40, 202: 110}
+    winners = {int(answer.text) for _, answer in answers if answer.status == 201}
+    assert own_etcd.leases() == winners
+    assert {int(answer.text) for _, answer in answers if answer.status == 202} <= winners
+
+
+def test_with_etcd_out_of_space_acquire_says_so_and_release_still_works(
+    tmp_path: Path, start: Callable[..., Daemon], key: str
+) -> None:
+    etcd = Etcd(tmp_path, "full", None, "--quota-backend-bytes", str(1 << 20))
+    try:
+        daemon = start(etcd.start().wait().url)
+        lease = daemon.acquire(key).text
+        with pytest.raises(AssertionError, match="space exceeded"):
+            for number in range(100):
+                etcd.put(b"filler-%d" % number, bytes(100_000))
+
+        refused = daemon.acquire(f"{key}-2")
+        kept = daemon.keep_alive(lease)
+        left = etcd.leases()
+        released = daemon.release(lease)
+
+        assert refused.status == 500
+        assert refused.text.startswith("not acquired: ")
+        assert "mvcc: database space exceeded" in refused.text
+        assert (kept.status, released.status) == (200, 200)
+        assert left == {int(lease)}
+        assert etcd.leases() == set()
+    finally:
+        etcd.stop()
+
+
+@pytest.mark.parametrize(
+    ("foreign", "status"), [([b"/registry/pod"], 204), ([b"/shared-lock"], 204), ([b"\xff\xfe"], 204), ([], 200)]
+)
+def test_release_never_touches_a_lease_that_holds_what_is_not_ours(
+    on_etcd: Daemon, etcd: Etcd, key: str, foreign: list[bytes], status: int
+) -> None:
+    lease = on_etcd.acquire(key).text
+    for name in foreign:
+        etcd.put(name, b"theirs", int(lease))
+
+    answer = on_etcd.release(lease)
+
+    assert answer.status == status
+    assert (int(lease) in etcd.leases()) == (status == 204)
+    assert (etcd.key(key) is not None) == (status == 204)
+
+
+class Pki(NamedTuple):
+    """Folders with ca.crt, client.crt, client.key: of those who belong, and of strangers with a CA of their own."""
+
+    good: Path
+    strangers: Path
+
+    def env(self, ca: str = "good", client: str = "good") -> dict[str, str]:
+        folders = {"good": self.good, "strangers": self.strangers}
+        return {
+            "ETCD_TLS": "true",
+            "CA_CERT_PATH": str(folders[ca] / "ca.crt"),
+            "CLIENT_CERT_PATH": str(folders[client] / "client.crt"),
+            "CLIENT_KEY_PATH": str(folders[client] / "client.key"),
+        }
+
+
+@pytest.fixture(scope="session")
+def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
+    """Made with the openssl CLI."""
+    folders = [tmp_path_factory.mktemp(name) for name in ("good", "strangers")]
+    options = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
+    for folder, name in itertools.product(folders, ("ca", "server", "client")):
+        signer = [] if name == "ca" else ["-CA", "ca.crt", "-CAkey", "ca.key", "-addext", "subjectAltName=IP:127.0.0.1"]
+        names = ["-subj", f"/CN={name}", "-keyout", f"{name}.key", "-out", f"{name}.crt"]
+        usage = ["-addext", "keyUsage=critical,digitalSignature,keyCertSign"]
+        command = ["openssl", "req", "-x509", *options, *signer, *usage, *names]
+        subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    return Pki(*folders)
+
+
+@pytest.fixture(scope="session")
+def tls_etcd(tmp_path_factory: pytest.TempPathFactory, pki: Pki) -> Iterator[Etcd]:
+    """An etcd that wants a client certificate."""
+    files = {"--trusted-ca-file": "ca.crt", "--cert-file": "server.crt", "--key-file": "server.key"}
+    options = [f"{option}={pki.good / name}" for option, name in files.items()]
+    server = Etcd(tmp_path_factory.mktemp("tls"), "tls", None, "--client-cert-auth", *options)
+    try:
+        yield server.start()
+    finally:
+        server.stop()
+
+
+def test_over_tls_with_client_certificates_locks_work(
+    tls_etcd: Etcd, pki: Pki, start: Callable[..., Daemon], key: str
+) -> None:
+    daemon = start(f"127.0.0.1:{tls_etcd.port}", **pki.env())
+
+    lock = eventually(lambda: (answer := daemon.acquire(key)).status == 201 and answer)
+
+    assert daemon.keep_alive(lock.text).status == 200
+    assert daemon.acquire(key).status == 202
+    assert daemon.release(lock.text).status == 200
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("wrong CA", "TLS: its certificate is not accepted: "),
+        ("http to https", "https"),
+        ("https to http", r"TLS: .*is it http\?"),
+        ("stranger", "TLS: .*(certificate|unknown ca)"),
+    ],
+)
+def test_what_is_wrong_with_tls_is_one_understandable_line_and_a_500(
+    tls_etcd: Etcd, etcd: Etcd, pki: Pki, start: Callable[..., Daemon], key: str, case: str, words: str
+) -> None:
+    works = start(f"127.0.0.1:{tls_etcd.port}", **pki.env())
+    eventually(lambda: works.request("GET", "/ready").status == 200)
+
+    settings = {
+        "wrong CA": (tls_etcd.url, pki.env(ca="strangers")),
+        "http to https": (f"http://127.0.0.1:{tls_etcd.port}", {}),
+        "https to http": (f"https://127.0.0.1:{etcd.port}", pki.env()),
+        "stranger": (tls_etcd.url, pki.env(client="strangers")),
+    }
+    endpoint, env = settings[case]
+    daemon = start(endpoint, ETCD_TIMEOUT="1s", **env)
+    answer = daemon.acquire(key)
+
+    lines = [line for line in daemon.log().splitlines() if "etcd member failed" in line]
+    assert answer.status == 500
+    assert answer.text.startswith("not acquired: ")
+    assert len(lines) == 1
+    assert re.search(f"member={endpoint} reason=.*{words}", lines[0]), lines
+
+
+def test_certificates_replaced_under_the_running_daemon_are_used(
+    tls_etcd: Etcd, pki: Pki, start: Callable[..., Daemon], key: str, tmp_path: Path
+) -> None:
+    mine = shutil.copytree(pki.strangers, tmp_path / "mine")
+    daemon = start(tls_etcd.url, ETCD_TIMEOUT="1s", **Pki(mine, mine).env())
+    refused = daemon.acquire(key)
+
+    for name in ("ca.crt", "client.crt", "client.key"):
+        shutil.copy(pki.good / name, mine / name)
+
+    assert refused.status == 500
+    assert eventually(lambda: daemon.acquire(key).status == 201)
+
+
+# == Words: what etcd's errors mean ==================================================================================
+
+GRANT_TAKEN = "etcdserver: lease already exists"
+NO_LEADER = "etcdserver: no leader"
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "kind", "shown"),
+    [
+        # as captured from 3.4.23 and 3.5
+        (404, '{"error":"M","code":5,"message":"etcdserver: requested lease not found"}', "Refused", "lease not found"),
+        (412, f'{{"error":"{GRANT_TAKEN}","message":"{GRANT_TAKEN}","code":9}}', "Refused", "already exists"),
+        (400, f'{{"error":"{GRANT_TAKEN}","message":"{GRANT_TAKEN}","code":9}}', "Refused", "already exists"),
+        (400, '{"error":"etcdserver: too large lease TTL","code":11}', "Refused", "too large lease TTL"),
+        (400, '{"error":"etcdserver: request is too large","code":3}', "Refused", "too large"),
+        (429, '{"error":"etcdserver: mvcc: database space exceeded","code":8}', "Refused", "space exceeded"),
+        (403, '{"error":"etcdserver: permission denied","code":7}', "Refused", "permission denied"),
+        (401, '{"error":"etcdserver: invalid auth token","code":16}', "Refused", "invalid auth token"),
+        (503, f'{{"error":"{NO_LEADER}","code":14}}', "Unavailable", "no leader"),
+        (503, '{"error":"etcdserver: request timed out","code":14}', "OutcomeUnknown", "timed out"),
+        (503, '{"error":"etcdserver: leader changed","code":14}', "OutcomeUnknown", "leader changed"),
+        (500, '{"error":"etcdserver: not a primary lessor","code":2}', "OutcomeUnknown", "primary lessor"),
+        (504, '{"error":"context deadline exceeded","code":4}', "OutcomeUnknown", "deadline"),
+        # 3.6, without "error"
+        (503, f'{{"code":14,"message":"{NO_LEADER}"}}', "Unavailable", "no leader"),
+        (429, '{"code":8,"message":"etcdserver: mvcc: database space exceeded","details":[]}', "Refused", "space"),
+        # the stream of keepalive, 3.5 and 3.6
+        (200, f'{{"error":{{"grpc_code":14,"http_code":503,"message":"{NO_LEADER}"}}}}', "Unavailable", "no leader"),
+        (200, '{"error":{"code":14,"message":"etcdserver: request timed out"}}', "OutcomeUnknown", "timed out"),
+        (404, '{"error":{"code":5,"message":"etcdserver: requested lease not found"}}', "Refused", "not found"),
+        # no JSON of etcd at all
+        (404, "404 page not found\n", "Unavailable", "gateway"),
+        (400, "CommonName of client sending a request against gateway will be ignored", "Unavailable", "CommonName"),
+        (502, "<html>\nbad gateway", "OutcomeUnknown", "bad gateway"),
+        (503, "", "OutcomeUnknown", "503"),
+        (500, "null", "OutcomeUnknown", "500"),
+        (500, '{"error": null, "code": "x"}', "OutcomeUnknown", "500"),
+    ],
+)
+def test_every_shape_of_error_is_understood(status: int, text: str, kind: str, shown: str) -> None:
+    fault = shared_lock.classify(status, text)
+
+    assert type(fault).__name__ == kind
+    assert shown in str(fault)
+    assert "\n" not in str(fault)
+
+
+# == example.py: a runner that people copy ===========================================================================
+
+
+class Runner:
+    """`python example.py … -- command` as a child process; the command is a line for sh."""
+
+    def __init__(self, folder: Path, url: str, key: str, ttl: str, *command: str) -> None:
+        self.err_path = folder / f"runner-{next(_numbers)}.err"
+        self.out_path = self.err_path.with_suffix(".out")
+        arguments = ["--url", url, "--key", key, "--ttl", ttl, "--", *command]
+        with open(self.out_path, "wb") as out, open(self.err_path, "wb") as err:
+            self.process = subprocess.Popen(
+                [PYTHON, str(HERE / "example.py"), *arguments],
+                stdout=out,
+                stderr=err,
+                env=clean_env(),
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # whatever runs pytest
+            )
+
+    def out(self) -> str:
+        return self.out_path.read_text()
+
+    def err(self) -> str:
+        return self.err_path.read_text()
+
+    def asks(self) -> bool:
+        """Whether it has a connection, as while it asks for the lock and waits for the answer."""
+        with contextlib.suppress(OSError):  # a descriptor that is closed meanwhile
+            descriptors = Path(f"/proc/{self.process.pid}/fd").iterdir()
+            return any(os.readlink(one).startswith("socket:") for one in descriptors if int(one.name) > 2)
+        return False
+
+    def wait(self, seconds: float = 30) -> int:
+        """Its exit status."""
+        return self.process.wait(seconds)
+
+
+@pytest.fixture
+def run(folder: Path, on_memory: Daemon, key: str) -> Iterator[Callable[..., Runner]]:
+    """Starts runners: run("sh -c", "a line for sh", ttl="60s", on=a daemon); they end with the test."""
+    started: list[Runner] = []
+
+    def start_one(*command: str, ttl: str = "60s", on: str = "", lock: str = key) -> Runner:
+        started.append(Runner(folder, on or on_memory.url, lock, ttl, *command))
+        return started[-1]
+
+    yield start_one
+    for one in started:
+        one.process.terminate()  # which it hands on, so that no command stays behind
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            one.process.wait(15)
+        one.process.kill()
+        one.process.wait()
+        assert "Traceback" not in one.err()
+
+
+def sh(line: str) -> tuple[str, str, str]:
+    return ("sh", "-c", line)
+
+
+def is_free(daemon: Daemon, key: str) -> bool:
+    return daemon.request("GET", f"/lease?key={key}").status == 404
+
+
+def lives(pid: int) -> bool:
+    """Whether a process runs; one that has ended and was not yet waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+# Beats every 50 ms, in a grandchild that does not care for SIGTERM; "$0" is the file that shows when it last did.
+STUBBORN = "(trap '' TERM; while :; do echo >\"$0\"; sleep 0.05; done) & echo started; wait"
+
+
+def test_the_command_runs_under_the_lock_and_its_exit_status_is_handed_on(
+    on_memory: Daemon, run: Callable[..., Runner], key: str
+) -> None:
+    runner = run(*sh("echo $SHARED_LOCK_FENCING_TOKEN; exit 7"))
+    assert runner.wait() == 7
+
+    token = int(runner.out())
+    assert is_free(on_memory, key)
+    assert int(on_memory.acquire(key).headers["x-fencing-token"]) > token
+
+
+def test_while_the_command_runs_its_lock_is_held_far_beyond_the_ttl(
+    on_memory: Daemon, run: Callable[..., Runner], key: str
+) -> None:
+    runner = run(*sh("echo $SHARED_LOCK_FENCING_TOKEN; sleep 5"), ttl="3s")
+    token = int(eventually(runner.out))
+
+    time.sleep(4)
+    held = on_memory.request("GET", f"/lease?key={key}")
+
+    assert json.loads(held.body)["fencing_token"] == token
+    assert runner.wait() == 0
+    assert runner.err() == ""
+
+
+def test_the_ttl_that_counts_is_the_granted_one(folder: Path) -> None:
+    with stand_in(granted="60s") as (url, requests):
+        runner = Runner(folder, url, "any", "2s", *sh("sleep 2"))
+
+        assert runner.wait() == 0
+        assert requests == ["POST /lease", "DELETE /lease"]  # a third of 2 s has passed, of 60 s it has not
+
+
+def test_of_three_runners_at_once_only_one_at_a_time_runs_its_command(run: Callable[..., Runner], folder: Path) -> None:
+    diary = folder / "diary"
+    line = "echo in $SHARED_LOCK_FENCING_TOKEN >>$0; sleep 0.5; echo out $SHARED_LOCK_FENCING_TOKEN >>$0"
+
+    runners = [run(*sh(line), str(diary)) for _ in range(3)]
+    assert [runner.wait() for runner in runners] == [0, 0, 0]
+
+    entries = [entry.split() for entry in diary.read_text().splitlines()]
+    assert [what for what, _ in entries] == ["in", "out"] * 3
+    tokens = [int(token) for _, token in entries]
+    assert tokens == sorted(tokens)
+    assert len(set(tokens)) == 3
+
+
+def test_a_lock_that_was_waited_for_longer_than_its_ttl_is_as_good_as_any(
+    on_memory: Daemon, run: Callable[..., Runner], key: str
+) -> None:
+    other = on_memory.acquire(key).text
+    runner = run(*sh("echo started; sleep 1"), ttl="3s")
+    eventually(runner.asks)
+    time.sleep(3)  # its request is now older than the ttl that it asks for
+    assert runner.out() == ""
+
+    on_memory.release(other)
+
+    assert runner.wait() == 0
+    assert runner.out() == "started\n"
+    assert is_free(on_memory, key)
+
+
+def test_a_service_that_is_away_is_waited_for_and_that_is_told(
+    start: Callable[..., Daemon], run: Callable[..., Runner]
+) -> None:
+    port = free_port()
+    runner = run("echo", "done", on=f"http://127.0.0.1:{port}")
+    eventually(lambda: "trying again" in runner.err())
+
+    start("mock", SERVER_PORT=str(port))
+
+    assert runner.wait() == 0
+    assert runner.out() == "done\n"
+
+
+def test_a_frozen_service_stops_the_command_and_all_of_its_group_before_the_lease_can_have_ended(
+    start: Callable[..., Daemon], run: Callable[..., Runner], folder: Path
+) -> None:
+    daemon, beat = start("mock"), folder / "beat-frozen"
+    runner = run(*sh(STUBBORN), str(beat), ttl="4s", on=daemon.url)
+    eventually(beat.exists)
+    time.sleep(2)  # past the first keepalive
+
+    daemon.process.send_signal(signal.SIGSTOP)
+    frozen_at = time.time()
+
+    assert runner.wait() == 75
+    assert frozen_at < beat.stat().st_mtime < frozen_at + 4
+    time.sleep(0.3)
+    last = beat.stat().st_mtime
+    time.sleep(0.3)
+    assert beat.stat().st_mtime == last
+    assert "could not be kept alive in time" in runner.err()
+
+
+def test_a_service_that_is_frozen_for_a_moment_stops_nothing(
+    start: Callable[..., Daemon], run: Callable[..., Runner]
+) -> None:
+    daemon = start("mock")
+    runner = run(*sh("echo started; sleep 5; echo done"), ttl="6s", on=daemon.url)
+    eventually(runner.out)
+
+    daemon.process.send_signal(signal.SIGSTOP)
+    eventually(lambda: "keepalive failed" in runner.err())
+    daemon.process.send_signal(signal.SIGCONT)
+
+    assert runner.wait() == 0
+    assert runner.out() == "started\ndone\n"
+
+
+def test_one_keepalive_that_is_answered_500_stops_nothing(folder: Path) -> None:
+    with stand_in("500 storage failed", granted="3s") as (url, requests):
+        runner = Runner(folder, url, "any", "3s", *sh("sleep 3"))
+
+        assert runner.wait() == 0
+        assert requests.count("POST /keepalive") >= 2
+        assert "storage failed" in runner.err()
+
+
+def test_a_revoked_lease_stops_the_command_and_gives_75_whatever_the_command_says(
+    on_memory: Daemon, run: Callable[..., Runner], key: str
+) -> None:
+    runner = run(*sh("trap 'echo told to stop; exit 0' TERM; echo started; while :; do sleep 0.05; done"), ttl="3s")
+    eventually(runner.out)
+
+    lease = on_memory.acquire(key).text
+    assert on_memory.release(lease).status == 200
+
+    assert runner.wait() == 75
+    assert runner.out() == "started\ntold to stop\n"
+    assert "the lock is lost" in runner.err()
+
+
+def test_of_a_revoked_lease_a_stubborn_group_is_killed(
+    on_memory: Daemon, run: Callable[..., Runner], key: str, folder: Path
+) -> None:
+    beat = folder / "beat-revoked"
+    runner = run(*sh(STUBBORN), str(beat), ttl="3s")
+    eventually(beat.exists)
+
+    on_memory.release(on_memory.acquire(key).text)
+
+    assert runner.wait() == 75
+    time.sleep(0.3)
+    last = beat.stat().st_mtime
+    time.sleep(0.3)
+    assert beat.stat().st_mtime == last
+
+
+def test_a_lease_that_is_known_to_be_gone_stops_the_command_long_before_its_ttl() -> None:
+    granted = example.Answer(201, "4711", {"x-lease-ttl": "3600s", "x-fencing-token": "1"})
+    lease = example.Lease(example.Service("http://127.0.0.1:1"), granted, example.now())
+    process = subprocess.Popen(["sh", "-c", "trap '' TERM; exec sleep 15"], process_group=0)
+    started = time.monotonic()
+
+    lease.gone, lease.grace = True, 0.5
+    kept = example.guard(process, lease, queue.SimpleQueue())
+    example.stop(process, lease)
+
+    assert not kept
+    assert process.returncode in (-signal.SIGTERM, -signal.SIGKILL)
+    assert time.monotonic() - started < 10
+
+
+def test_after_the_machine_was_suspended_beyond_the_ttl_the_command_is_stopped_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    granted = example.Answer(201, "4711", {"x-lease-ttl": "3600s", "x-fencing-token": "1"})
+    lease = example.Lease(example.Service("http://127.0.0.1:1"), granted, example.now())
+    process = subprocess.Popen(["sleep", "60"], process_group=0)
+
+    woken_at = example.now() + 4000
+    monkeypatch.setattr(example, "now", lambda: woken_at)
+    kept = example.guard(process, lease, queue.SimpleQueue())
+    example.stop(process, lease)
+
+    assert not kept
+    assert process.returncode in (-signal.SIGTERM, -signal.SIGKILL)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_is_handed_on_and_the_lock_released(
+    on_memory: Daemon, run: Callable[..., Runner], key: str, number: int
+) -> None:
+    name = signal.Signals(number).name[3:]
+    runner = run(*sh(f"trap 'echo {name}; exit 42' {name}; echo started; while :; do sleep 0.05; done"))
+    eventually(runner.out)
+
+    runner.process.send_signal(number)
+
+    assert runner.wait() == 42
+    assert runner.out() == f"started\n{name}\n"
+    assert is_free(on_memory, key)
+
+
+def test_a_command_that_ignores_sigterm_keeps_its_lock_until_it_ends(
+    on_memory: Daemon, run: Callable[..., Runner], key: str
+) -> None:
+    runner = run(*sh("trap '' TERM; echo started; sleep 4; echo done"), ttl="3s")
+    eventually(runner.out)
+
+    runner.process.terminate()
+    time.sleep(3.2)
+
+    assert on_memory.acquire(key).status == 202
+    assert runner.wait() == 0
+    assert runner.out() == "started\ndone\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_waiting_ends_the_wait_and_nothing_is_left_in_line(
+    on_memory: Daemon, run: Callable[..., Runner], key: str, number: int
+) -> None:
+    other = on_memory.acquire(key).text
+    runner = run("echo", "started")
+    eventually(runner.asks)
+
+    runner.process.send_signal(number)
+
+    assert runner.wait(10) == 128 + number
+    assert runner.out() == ""
+    on_memory.release(other)
+    eventually(lambda: is_free(on_memory, key))
+    assert on_memory.acquire(key).status == 201
+
+
+def test_a_command_that_dies_by_a_signal_gives_128_and_its_number(run: Callable[..., Runner]) -> None:
+    assert run(*sh("kill -9 $$")).wait() == 137
+
+
+@pytest.mark.parametrize(("command", "status"), [("/no/such/command", 127), ("/etc/passwd", 126)])
+def test_a_command_that_cannot_be_started_gives_the_status_of_a_shell_and_frees_the_lock(
+    on_memory: Daemon, run: Callable[..., Runner], key: str, command: str, status: int
+) -> None:
+    runner = run(command)
+
+    assert runner.wait() == status
+    assert command in runner.err()
+    assert is_free(on_memory, key)
+
+
+def test_what_a_command_leaves_behind_ends_before_the_lock_is_released(run: Callable[..., Runner]) -> None:
+    runner = run(*sh("sleep 1000 & echo $!"))
+
+    assert runner.wait() == 0
+    assert not lives(int(runner.out()))
+
+
+def test_a_lock_that_was_lost_unnoticed_is_told_in_the_end(
+    on_memory: Daemon, run: Callable[..., Runner], key: str
+) -> None:
+    runner = run(*sh("echo started; sleep 1; exit 3"))
+    eventually(runner.out)
+
+    on_memory.release(on_memory.acquire(key).text)
+
+    assert runner.wait() == 3
+    assert "had been lost" in runner.err()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ([], "--key: missing"),
+        (["--key", ""], "--key: missing"),
+        (["--key", "k", "--url", "localhost:8080"], "--url: not a URL such as http://localhost:8080: 'localhost:8080'"),
+        (["--key", "k", "--url", "http://localhost:x"], "--url: "),
+        (["--key", "k", "--ttl", "soon"], "--ttl: not a duration such as 15s or 1m30s: 'soon'"),
+        (["--key", "k", "--ttl", "15 s"], "--ttl: not a duration"),
+        (["--key", "k", "--ttl", "0s"], "x-lease-ttl: not more than 0"),
+        (["--key", "k", "--ttl", "5parsecs"], "x-lease-ttl: not a duration"),
+        (["--key", "k", "job.sh"], "unrecognized arguments: job.sh"),
+    ],
+)
+def test_a_wrong_call_of_the_runner_is_told_in_one_line(
+    on_memory: Daemon, arguments: list[str], complaint: str
+) -> None:
+    command = [PYTHON, str(HERE / "example.py"), "--url", on_memory.url, *arguments, "--", "echo", "ran"]
+
+    done = subprocess.run(command, capture_output=True, text=True, env=clean_env(), timeout=20)
+
+    assert (done.returncode, done.stdout) == (2, "")
+    usage, _, line = done.stderr.partition("example.py: error: ")
+    assert usage.startswith("usage: ")
+    assert complaint in line
+    assert line.count("\n") == 1
+
+
+def test_a_command_of_nothing_is_a_wrong_call() -> None:
+    done = subprocess.run([PYTHON, str(HERE / "example.py"), "--key", "k", "--"], capture_output=True, text=True)
+
+    assert done.returncode == 2
+    assert "no command after --" in done.stderr
+
+
+def test_without_a_command_the_example_demonstrates_itself(on_memory: Daemon) -> None:
+    command = [sys.executable, str(HERE / "example.py"), "--url", on_memory.url]
+
+    done = subprocess.run(command, capture_output=True, text=True, env=clean_env(), timeout=30)
+
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0, done.stderr
+    assert [line.partition(" ")[2].partition(" ")[2] for line in lines[1::2]] == ["has done its job"] * 3
+    tokens = [int(line.rpartition(" ")[2]) for line in lines[::2]]
+    assert tokens == sorted(set(tokens))
+    assert sorted(line[:8] for line in lines[::2]) == ["runner A", "runner B", "runner C"]
+    assert [line[:8] for line in lines[::2]] == [line[:8] for line in lines[1::2]]
+
+
+def test_the_example_imports_only_the_standard_library() -> None:
+    imported = {
+        name.partition(".")[0]
+        for node in ast.walk(ast.parse((HERE / "example.py").read_text()))
+        for name in (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
+    }
+
+    assert "http" in imported
+    assert imported <= sys.stdlib_module_names
+
+
+@contextlib.contextmanager
+def stand_in(*keepalives: str, granted: str) -> Iterator[tuple[str, list[str]]]:
+    """A service that grants every lock and answers the first keepalives as told ("500 text"), all others well.
+
+    Gives its URL and the list of requests, which grows.
+    """
+    requests: list[str] = []
+    to_say = list(keepalives)
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            requests.append(f"{self.command} {self.path}")
+            status, text, headers = "200", "", {"x-lease-ttl": granted}
+            if requests[-1] == "POST /lease":
+                status, text, headers = "201", "4711", headers | {"x-fencing-token": "1"}
+            elif requests[-1] == "POST /keepalive" and to_say:
+                status, _, text = to_say.pop(0).partition(" ")
+            self.send_response(int(status))
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        do_POST = do_DELETE = answer
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", requests
+        server.shutdown()
+
+
+# == Dockerfile and kubernetes-example.yaml: what can be checked as text ==============================================
+
+
+def manifest() -> str:
+    """The lines of kubernetes-example.yaml without their comments."""
+    lines = (HERE / "kubernetes-example.yaml").read_text().splitlines()
+    return "\n".join(re.sub(r"(^|\s)#.*", "", line).rstrip() for line in lines)
+
+
+def seconds_of(name: str) -> list[int]:
+    """The values of a member whose value is a number of seconds, in order."""
+    return [int(value) for value in re.findall(rf"^ *{name}: ([0-9]+)$", manifest(), re.MULTILINE)]
+
+
+def variables() -> dict[str, str]:
+    """The environment of the container."""
+    given = re.findall(r'- name: ([A-Z_]+)\n +value: "?([^"\n]*)"?$', manifest(), re.MULTILINE)
+    assert len(given) == len(re.findall(r"- name: [A-Z_]+$", manifest(), re.MULTILINE)) > 2
+    return dict(given)
+
+
+def test_each_variable_in_the_manifest_is_one_of_the_daemons_and_its_value_can_be_used() -> None:
+    parsers = {shared_lock.variable(one.name): one.metadata["parse"] for one in dataclasses.fields(shared_lock.Config)}
+
+    for name, value in variables().items():
+        parsers[name](value)
+
+
+def test_the_probes_ask_paths_that_the_daemon_has_and_outlast_its_timeouts(on_memory: Daemon) -> None:
+    probes = dict(re.findall(r"(\w+)Probe:\n +httpGet:\n +path: (\S+)\n +port: http$", manifest(), re.MULTILINE))
+    assert probes == {"startup": "/health", "liveness": "/health", "readiness": "/ready"}
+    assert {on_memory.request("GET", path).status for path in probes.values()} == {200}
+
+    env = {name: value for name, value in variables().items() if "TLS" not in name}  # its files are not here
+    config = shared_lock.Config.from_env(env)
+    assert seconds_of("timeoutSeconds")[-1] > config.etcd_timeout
+    assert seconds_of("terminationGracePeriodSeconds")[0] > seconds_of("seconds")[0] + config.server_shutdown_timeout
+
+
+def test_the_manifest_keeps_kubernetes_from_naming_variables_for_the_daemon() -> None:
+    name = re.findall(r"kind: Service\nmetadata:\n  name: (\S+)", manifest())[0]
+    injected = f"{name.upper().replace('-', '_')}_PORT"  # =tcp://10.0.0.1:8080
+
+    assert injected in {shared_lock.variable(field.name) for field in dataclasses.fields(shared_lock.Config)}
+    assert "      enableServiceLinks: false\n" in manifest()
+
+
+def test_the_ports_and_the_user_of_the_manifest_are_those_of_the_image_and_of_the_daemon() -> None:
+    dockerfile = (HERE / "Dockerfile").read_text()
+
+    ports = set(re.findall(r"(?:port|containerPort|prometheus.io/port): \"?([0-9]+)\"?$", manifest(), re.MULTILINE))
+    assert (
+        ports == {str(shared_lock.Config().server_port)} == set(re.findall(r"^EXPOSE (\d+)$", dockerfile, re.MULTILINE))
+    )
+    user = re.findall(r"^USER (\d+):\1$", dockerfile, re.MULTILINE)[0]
+    assert set(re.findall(r"(?:runAsUser|runAsGroup|fsGroup): (\d+)$", manifest(), re.MULTILINE)) == {user} != {"0"}
+
+
+def test_the_image_pins_what_the_daemon_imports_and_brings_no_test_tools() -> None:
+    dockerfile = (HERE / "Dockerfile").read_text()
+    pins = set(re.findall(r"^ +([a-z0-9-]+)==[0-9.]+ \\$", dockerfile, re.MULTILINE))
+
+    imported = subprocess.run(
+        [sys.executable, "-c", "import etcd3gw, sys; print(*{name.partition('.')[0] for name in sys.modules})"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    packages = importlib.metadata.packages_distributions()
+    needed = {
+        package.lower().replace("_", "-")
+        for name in set(imported) - sys.stdlib_module_names
+        for package in packages.get(name, [])
+    }
+    assert "etcd3gw" in pins
+    assert needed - {"setuptools"} <= pins  # setuptools hooks itself into every start where it is installed
+    assert not pins & {"pytest", "setuptools", "mypy", "ruff"}
+    assert re.search(r"^FROM python:3\.14\.\d+-slim-\w+$", dockerfile, re.MULTILINE)
+
+
+def test_the_health_check_of_the_image_tells_a_daemon_from_none(on_memory: Daemon) -> None:
+    dockerfile = (HERE / "Dockerfile").read_text()
+    _, *arguments = json.loads(re.findall(r"^    CMD (\[.*\])$", dockerfile, re.MULTILINE)[0])
+
+    def check(port: int) -> int:
+        env = clean_env() | {"SHARED_LOCK_SERVER_PORT": str(port), "SHARED_LOCK_SERVER_HOST": "127.0.0.1"}
+        return subprocess.run([PYTHON, *arguments], env=env, stderr=subprocess.DEVNULL, timeout=20).returncode
+
+    assert check(on_memory.port) == 0
+    assert check(free_port()) == 1
+
+
+# == Benchmark: how fast, beside one raw gateway call of the same kind ===============================================
+
+WRK_SECONDS = int(os.environ.get("SHARED_LOCK_BENCHMARK_SECONDS", "4"))  # for one load
+ROUNDS = int(os.environ.get("SHARED_LOCK_BENCHMARK_ROUNDS", "5"))
+
+
+class Load(NamedTuple):
+    """What wrk sends: `script` is its Lua. `raw` names the load that this one is measured by."""
+
+    name: str
+    raw: str
+    url: str
+    script: str
+
+
+class Measured(NamedTuple):
+    """What wrk saw: requests a second, latencies in milliseconds, answers other than 2xx and failed connections."""
+
+    rate: float
+    p50: float
+    p99: float
+    errors: int
+
+
+def lua(path: str, bodies: list[str], headers: str = "") -> str:
+    """A script for wrk that sends these bodies by turns; @ in a body is the number of the request."""
+    listed = ", ".join(f"'{body}'" for body in bodies)
+    return f"""
+        local bodies, n = {{{listed}}}, 0
+        function request()
+            n = n + 1
+            local body = bodies[n % #bodies + 1]{":gsub('@', n)" if "@" in listed else ""}
+            return wrk.format('POST', '{path}', {{{headers}}}, body)
+        end"""
+
+
+def loads(etcd: Etcd, daemon: Daemon, name: str) -> list[Load]:
+    """The six loads: each operation, and the raw gateway call that it needs at least."""
+    held, ttl = f"held-{name}", "['x-lease-ttl']='600s'"
+    daemon.acquire(held, "600s")
+    raw_leases = [etcd.call("/lease/grant", {"TTL": 600})["ID"] for _ in range(300)]
+    leases = [daemon.acquire(f"kept-{name}-{number}", "600s").text for number in range(300)]
+    key = base64.b64encode(f"/shared-lock/{held}".encode()).decode()
+    return [
+        Load("range", "range", etcd.url, lua("/v3/kv/range", [f'{{"key": "{key}"}}'])),
+        Load("refusal (202)", "range", daemon.url, lua("/lease", [f'{{"key": "{held}"}}'], ttl)),
+        Load("grant", "grant", etcd.url, lua("/v3/lease/grant", ['{"TTL": 600}'])),
+        Load("acquire (201)", "grant", daemon.url, lua("/lease", [f'{{"key": "new-{name}-@"}}'], ttl)),
+        Load("keepalive", "keepalive", etcd.url, lua("/v3/lease/keepalive", [f'{{"ID": {ID}}}' for ID in raw_leases])),
+        Load("keepalive (200)", "keepalive", daemon.url, lua("/keepalive", leases)),
+    ]
+
+
+def run_wrk(load: Load, connections: int, folder: Path) -> Measured:
+    script = folder / "load.lua"
+    script.write_text(load.script)
+    command = [
+        "wrk",
+        "-t1",
+        f"-c{connections}",
+        f"-d{WRK_SECONDS}s",
+        "--timeout",
+        "10s",
+        "--latency",
+        "-s",
+        str(script),
+    ]
+    out = subprocess.run([*command, load.url], capture_output=True, text=True, check=True).stdout
+
+    def millis(percent: str) -> float:
+        value, unit = re.search(rf"{percent}%\s+([0-9.]+)(us|ms|s)", out).groups()  # type: ignore[union-attr]
+        return float(value) * {"us": 0.001, "ms": 1, "s": 1000}[unit]
+
+    failures = re.findall(r"Non-2xx or 3xx responses: ([0-9]+)", out)
+    failures += [number for line in re.findall(r"Socket errors: (.*)", out) for number in re.findall("[0-9]+", line)]
+    rate = re.search(r"Requests/sec:\s+([0-9.]+)", out)
+    assert rate, out
+    return Measured(float(rate[1]), millis("50"), millis("99"), sum(map(int, failures)))
+
+
+def resident_mib(pid: int) -> float:
+    return int(re.findall(r"VmRSS:\s+([0-9]+)", Path(f"/proc/{pid}/status").read_text())[0]) / 1024
+
+
+def benchmark() -> None:
+    """Drives etcd and the daemon by turns, each round on a fresh etcd, and prints the medians."""
+    if not shutil.which("wrk"):
+        sys.exit("benchmark: no wrk on PATH: apt-get install wrk")
+    seen: dict[tuple[int, str, str], list[Measured]] = {}
+    memory = 0.0
+    for _ in range(ROUNDS):
+        with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
+            folder = Path(name)
+            etcd = Etcd(folder)
+            stack.callback(etcd.stop)
+            etcd.start().wait()
+            daemon = Daemon(folder, etcd.url)
+            stack.callback(daemon.stop)
+            for connections in (150, 1):
+                for load in loads(etcd, daemon, f"{connections}"):
+                    measured = run_wrk(load, connections, folder)
+                    seen.setdefault((connections, load.raw, load.name), []).append(measured)
+            memory = max(memory, resident_mib(daemon.process.pid))
+    print(f"{'load':18}{'connections':>12}{'requests/s':>12}{'p50 ms':>9}{'p99 ms':>9}{'errors':>8}   by the raw call")
+    for (connections, raw, name), rounds in seen.items():
+        yardstick = seen[connections, raw, raw]
+        rate, p50, p99 = (statistics.median(getattr(one, what) for one in rounds) for what in ("rate", "p50", "p99"))
+        rates = statistics.median(one.rate / other.rate for one, other in zip(rounds, yardstick, strict=True))
+        p50s = statistics.median(one.p50 / other.p50 for one, other in zip(rounds, yardstick, strict=True))
+        ratio = f"{rates:.2f} x requests/s" if connections > 1 else f"{p50s:.2f} x p50"
+        errors = sum(one.errors for one in rounds)
+        print(f"{name:18}{connections:>12}{rate:>12,.0f}{p50:>9.2f}{p99:>9.2f}{errors:>8}   {ratio}")
+    print(f"memory of the daemon after all loads: {memory:.0f} MiB; {ROUNDS} rounds of {WRK_SECONDS} s a load")
+    version = subprocess.run([PYTHON, "-V"], capture_output=True, text=True, check=True).stdout.strip()
+    print(
+        version,
+        "-",
+        subprocess.run([etcd_binary(), "--version"], capture_output=True, text=True).stdout.splitlines()[0],
+    )
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["benchmark"]:
+        benchmark()
+    else:
+        sys.exit("usage: python test_shared_lock.py benchmark")
