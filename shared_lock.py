@@ -399,7 +399,7 @@ class Wire:
                 raise Malformed(400, "content-length together with transfer-encoding")
             if coding.lower() != "chunked":
                 raise Malformed(400, f"transfer-encoding: not chunked: {quote(coding)}")
-            return b"".join(self._chunks(most, deadline))
+            return self._chunked(most, deadline)
         if length is None:
             return b""
         if not (length.isascii() and length.isdigit()):
@@ -408,36 +408,38 @@ class Wire:
             raise Malformed(413, f"the body is larger than {most} bytes")
         return self._exactly(int(length), deadline)
 
-    def _chunks(self, most: int, deadline: float) -> Iterator[bytes]:
-        total = 0
-        while size := self._chunk_size(deadline):
+    def _chunked(self, most: int, deadline: float) -> bytes:
+        """A body in chunks. `rest` is read by index and cut once: one answer of etcd may have 64 of them."""
+        parts: list[bytes] = []
+        total = at = 0
+        while True:
+            line, at = self._line(at, deadline)
+            if not (size := _chunk_size(line)):
+                break
             total += size
             if total > most:
                 raise Malformed(413, f"the body is larger than {most} bytes")
-            yield self._exactly(size, deadline)
-            if self._exactly(2, deadline) != b"\r\n":
+            while len(self.rest) < at + size + 2:
+                self.receive(deadline)
+            parts.append(self.rest[at : at + size])
+            at += size + 2
+            if self.rest[at - 2 : at] != b"\r\n":
                 raise Malformed(400, "a chunk is longer than it said")
-        for _ in range(MOST_HEADERS):
-            if not (trailer := self._line(deadline)):
-                return
-            parse_headers([trailer.decode("latin-1")])
+        for _ in range(MOST_HEADERS + 1):
+            line, at = self._line(at, deadline)
+            if not line:
+                self.rest = self.rest[at:]
+                return b"".join(parts)
+            parse_headers([line.decode("latin-1")])
         raise Malformed(431, f"more than {MOST_HEADERS} trailers")
 
-    def _chunk_size(self, deadline: float) -> int:
-        digits = self._line(deadline).partition(b";")[0].rstrip(b" \t")
-        if not re.fullmatch(rb"[0-9A-Fa-f]{1,8}", digits):
-            raise Malformed(400, f"not the size of a chunk: {quote(digits.decode('latin-1'))}")
-        return int(digits, 16)
-
-    def _line(self, deadline: float) -> bytes:
-        while (end := self.rest.find(b"\r\n")) < 0:
-            if len(self.rest) > 4096:
+    def _line(self, at: int, deadline: float) -> tuple[bytes, int]:
+        """The line that begins at this index of `rest`, and the index after it."""
+        while (end := self.rest.find(b"\r\n", at)) < 0:
+            if len(self.rest) > at + 4096:
                 raise Malformed(400, "a line between chunks is longer than 4096 bytes")
             self.receive(deadline)
-        line, self.rest = self.rest[:end], self.rest[end + 2 :]
-        if b"\n" in line or b"\r" in line:
-            raise Malformed(400, "a line between chunks is not ended by a carriage return with a line feed")
-        return line
+        return self.rest[at:end], end + 2
 
     def _exactly(self, count: int, deadline: float) -> bytes:
         if len(self.rest) < count:
@@ -528,6 +530,14 @@ class Response(NamedTuple):
 def error(status: int, text: str, *headers: tuple[str, str]) -> Response:
     """One line of plain text; what cannot be encoded is shown escaped."""
     return Response(status, (text + "\n").encode("utf-8", "backslashreplace"), TEXT, headers)
+
+
+@functools.lru_cache(maxsize=256)
+def _chunk_size(line: bytes) -> int:
+    digits = line.partition(b";")[0].rstrip(b" \t")
+    if not re.fullmatch(rb"[0-9A-Fa-f]{1,8}", digits) or b"\n" in line or b"\r" in line:
+        raise Malformed(400, f"not the size of a chunk: {quote(line.decode('latin-1'))}")
+    return int(digits, 16)
 
 
 def parse_headers(lines: Iterable[str]) -> dict[str, str]:
@@ -1894,7 +1904,7 @@ def _from_json(text: str) -> dict[str, Any]:
 
 def _from_lines(text: str) -> list[dict[str, Any]]:
     """The answers of a stream. Raises StorageError if none of them is a result, or ValueError for no JSON."""
-    answers = [json.loads(line) for line in text.splitlines()]
+    answers: list[dict[str, Any]] = json.loads("[" + text.strip().replace("\n", ",") + "]")
     if not any(isinstance(answer, dict) and "result" in answer for answer in answers):
         raise classify(200, text.partition("\n")[0])
     return answers
