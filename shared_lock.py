@@ -65,14 +65,14 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar, cast
 
 KEY_PREFIX = "/shared-lock/"  # before every key of ours in etcd
 DEFAULT_TTL_SECONDS = 10  # of a POST /lease without x-lease-ttl
-MOST_TTL_SECONDS = 9_000_000_000  # etcd's own limit
-MOST_WAIT_SECONDS = 60  # of x-lease-wait: proxies cut longer silences
+MAX_TTL_SECONDS = 9_000_000_000  # etcd's own limit
+MAX_WAIT_SECONDS = 60  # of x-lease-wait: proxies cut longer silences
 POLL_SECONDS = 0.4  # how late a waiter may learn of a release through another replica
 HUNG_UP_SECONDS = 2  # how late it may be noticed that a waiter's caller has gone
-MOST_BODY_BYTES = 64 << 10  # of a request
-MOST_HEAD_BYTES = 64 << 10  # of a request line, and of the headers together
-MOST_HEADERS = 100
-MOST_ANSWER_BYTES = 16 << 20  # of etcd: 64 values of 64 KiB in base64 are 6 MiB
+MAX_BODY_BYTES = 64 << 10  # of a request
+MAX_HEAD_BYTES = 64 << 10  # of a request line, and of the headers together
+MAX_HEADERS = 100
+MAX_ANSWER_BYTES = 16 << 20  # from etcd: 64 values of 64 KiB in base64 are 6 MiB
 INT64 = range(-(1 << 63), 1 << 63)
 
 # == Words: errors, settings, small data =============================================================================
@@ -179,29 +179,29 @@ def parse_duration(text: str) -> Fraction:
 def parse_ttl(text: str) -> int:
     """The whole seconds, rounded up, that a lock is asked for. Raises ValueError."""
     seconds = math.ceil(parse_duration(text))
-    if not 0 < seconds <= MOST_TTL_SECONDS:
-        raise ValueError(f"not more than 0s and at most {MOST_TTL_SECONDS}s: {quote(text)}")
+    if not 0 < seconds <= MAX_TTL_SECONDS:
+        raise ValueError(f"not more than 0s and at most {MAX_TTL_SECONDS}s: {quote(text)}")
     return seconds
 
 
-def seconds_up_to(most: int, above: int = -1) -> Callable[[str], float]:
-    """A parser of durations, in seconds, of at least 0 and at most `most`, and more than `above`."""
+def seconds_up_to(limit: int, zero: bool = True) -> Callable[[str], float]:
+    """A parser of durations, in seconds; `zero` says whether 0 is one of them."""
 
     def parse(text: str) -> float:
-        duration = parse_duration(text)
-        if not 0 <= duration <= most or duration <= above:
-            raise ValueError(f"not {'between' if above < 0 else 'more than'} 0s and at most {most}s: {quote(text)}")
-        return float(duration)
+        seconds = parse_duration(text)
+        if not 0 <= seconds <= limit or not (seconds or zero):
+            raise ValueError(f"not {'between' if zero else 'more than'} 0s and at most {limit}s: {quote(text)}")
+        return float(seconds)
 
     return parse
 
 
-def whole(least: int, most: int) -> Callable[[str], int]:
+def whole(low: int, high: int) -> Callable[[str], int]:
     """A parser of whole numbers."""
 
     def parse(text: str) -> int:
-        if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
-            raise ValueError(f"not a number from {least} to {most}: {quote(text)}")
+        if not re.fullmatch("[0-9]{1,9}", text) or not low <= int(text) <= high:
+            raise ValueError(f"not a number from {low} to {high}: {quote(text)}")
         return int(text)
 
     return parse
@@ -209,9 +209,10 @@ def whole(least: int, most: int) -> Callable[[str], int]:
 
 def boolean(text: str) -> bool:
     """As Go's strconv.ParseBool. Raises ValueError."""
-    if text not in ("1", "t", "T", "TRUE", "true", "True", "0", "f", "F", "FALSE", "false", "False"):
+    true = text in ("1", "t", "T", "TRUE", "true", "True")
+    if not true and text not in ("0", "f", "F", "FALSE", "false", "False"):
         raise ValueError(f"not a boolean, true or false: {quote(text)}")
-    return text in ("1", "t", "T", "TRUE", "true", "True")
+    return true
 
 
 def storage_type(text: str) -> str:
@@ -262,14 +263,14 @@ class Config:
     server_port: int = setting("8080", whole(0, 65535), "port to listen on; 0 is a free one, which the log tells")
     server_host: str = setting("", str, "address to listen on; empty is every address, IPv4 and IPv6")
     server_read_timeout: float = setting(
-        "10s", seconds_up_to(MOST_TTL_SECONDS), "from a request's first byte to its last; 0 is none"
+        "10s", seconds_up_to(MAX_TTL_SECONDS), "from a request's first byte to its last; 0 is none"
     )
-    server_write_timeout: float = setting("10s", seconds_up_to(MOST_TTL_SECONDS), "to write an answer; 0 is none")
+    server_write_timeout: float = setting("10s", seconds_up_to(MAX_TTL_SECONDS), "to write an answer; 0 is none")
     server_idle_timeout: float = setting(
-        "120s", seconds_up_to(MOST_TTL_SECONDS), "an idle connection is closed after it; 0 is none"
+        "120s", seconds_up_to(MAX_TTL_SECONDS), "an idle connection is closed after it; 0 is none"
     )
     server_shutdown_timeout: float = setting(
-        "10s", seconds_up_to(MOST_TTL_SECONDS), "for requests in flight after SIGTERM or SIGINT"
+        "10s", seconds_up_to(MAX_TTL_SECONDS), "for requests in flight after SIGTERM or SIGINT"
     )
     pprof_enabled: bool = setting("false", boolean, "serve /debug/pprof/")
     storage_type: str = setting("etcd", storage_type, "etcd, or mock: in memory, lost with the process")
@@ -281,7 +282,7 @@ class Config:
     client_cert_path: str = setting("/etc/etcd/client.crt", str, "what this daemon shows to etcd")
     client_key_path: str = setting("/etc/etcd/client.key", str, "the key of that certificate")
     etcd_timeout: float = setting(
-        "5s", seconds_up_to(MOST_TTL_SECONDS, above=0), "one storage operation, all tries together"
+        "5s", seconds_up_to(MAX_TTL_SECONDS, zero=False), "one storage operation, all tries together"
     )
     cache_enabled: bool = setting("false", boolean, "answer 202 from memory while a key is known to be held")
     cache_size: int = setting("1000", whole(1, 10**9 - 1), "keys to remember; the least recently used leave")
@@ -376,7 +377,7 @@ class Wire:
         """A message's first line and headers, up to and without the blank line."""
         start = 0
         while (end := self.rest.find(b"\r\n\r\n", start)) < 0:
-            if len(self.rest) > 2 * MOST_HEAD_BYTES + 6:  # and three line ends
+            if len(self.rest) > 2 * MAX_HEAD_BYTES + 6:  # and three line ends
                 break
             if b"\n\n" in self.rest:
                 raise Malformed(400, "a line ends in a line feed without a carriage return")
@@ -384,14 +385,14 @@ class Wire:
             self.receive(deadline)
         head = self.rest[:end] if end >= 0 else self.rest
         line_end = head.find(b"\r\n")
-        if (line_end if line_end >= 0 else len(head)) > MOST_HEAD_BYTES:
-            raise Malformed(414, f"the request line is longer than {MOST_HEAD_BYTES} bytes")
-        if end < 0 or len(head) - line_end > MOST_HEAD_BYTES + 2:
-            raise Malformed(431, f"the headers are longer than {MOST_HEAD_BYTES} bytes")
+        if (line_end if line_end >= 0 else len(head)) > MAX_HEAD_BYTES:
+            raise Malformed(414, f"the request line is longer than {MAX_HEAD_BYTES} bytes")
+        if end < 0 or len(head) - line_end > MAX_HEAD_BYTES + 2:
+            raise Malformed(431, f"the headers are longer than {MAX_HEAD_BYTES} bytes")
         self.rest = self.rest[end + 4 :]
         return head
 
-    def body(self, headers: Mapping[str, str], most: int, deadline: float) -> bytes:
+    def body(self, headers: Mapping[str, str], limit: int, deadline: float) -> bytes:
         """The body that these headers announce; without Content-Length and Transfer-Encoding there is none."""
         length, coding = headers.get("content-length"), headers.get("transfer-encoding")
         if coding is not None:
@@ -399,16 +400,16 @@ class Wire:
                 raise Malformed(400, "content-length together with transfer-encoding")
             if coding.lower() != "chunked":
                 raise Malformed(400, f"transfer-encoding: not chunked: {quote(coding)}")
-            return self._chunked(most, deadline)
+            return self._chunked(limit, deadline)
         if length is None:
             return b""
         if not (length.isascii() and length.isdigit()):
             raise Malformed(400, f"content-length: not a number: {quote(length)}")
-        if len(length.lstrip("0")) > 18 or int(length) > most:
-            raise Malformed(413, f"the body is larger than {most} bytes")
+        if len(length.lstrip("0")) > 18 or int(length) > limit:
+            raise Malformed(413, f"the body is larger than {limit} bytes")
         return self._exactly(int(length), deadline)
 
-    def _chunked(self, most: int, deadline: float) -> bytes:
+    def _chunked(self, limit: int, deadline: float) -> bytes:
         """A body in chunks. `rest` is read by index and cut once: one answer of etcd may have 64 of them."""
         parts: list[bytes] = []
         total = at = 0
@@ -417,21 +418,21 @@ class Wire:
             if not (size := _chunk_size(line)):
                 break
             total += size
-            if total > most:
-                raise Malformed(413, f"the body is larger than {most} bytes")
+            if total > limit:
+                raise Malformed(413, f"the body is larger than {limit} bytes")
             while len(self.rest) < at + size + 2:
                 self.receive(deadline)
             parts.append(self.rest[at : at + size])
             at += size + 2
             if self.rest[at - 2 : at] != b"\r\n":
                 raise Malformed(400, "a chunk is longer than it said")
-        for _ in range(MOST_HEADERS + 1):
+        for _ in range(MAX_HEADERS + 1):
             line, at = self._line(at, deadline)
             if not line:
                 self.rest = self.rest[at:]
                 return b"".join(parts)
             parse_headers([line.decode("latin-1")])
-        raise Malformed(431, f"more than {MOST_HEADERS} trailers")
+        raise Malformed(431, f"more than {MAX_HEADERS} trailers")
 
     def _line(self, at: int, deadline: float) -> tuple[bytes, int]:
         """The line that begins at this index of `rest`, and the index after it."""
@@ -559,8 +560,8 @@ _REQUEST_LINE = re.compile(rf"({_TOKEN.pattern}) ([^\x00-\x20\x7f\ud800-\udfff]+
 def parse_head(data: bytes) -> Head:
     """The request line and the headers. Raises Malformed."""
     line, *header_lines = data.decode("utf-8", "surrogateescape").split("\r\n")
-    if len(header_lines) > MOST_HEADERS:
-        raise Malformed(431, f"more than {MOST_HEADERS} headers")
+    if len(header_lines) > MAX_HEADERS:
+        raise Malformed(431, f"more than {MAX_HEADERS} headers")
     match = _REQUEST_LINE.fullmatch(line)
     if not match:
         raise Malformed(400, f"not a request line: {quote(line)}")
@@ -675,12 +676,12 @@ class Connection(socketserver.BaseRequestHandler):
         head = _parse_short_head(data) if len(data) < 1024 else parse_head(data)
         if head.headers.get("expect", "").lower() == "100-continue" and head.version != "HTTP/1.0":
             self._invite(head)
-        return Request(head, self.wire.body(head.headers, MOST_BODY_BYTES, deadline), self._hung_up)
+        return Request(head, self.wire.body(head.headers, MAX_BODY_BYTES, deadline), self._hung_up)
 
     def _invite(self, head: Head) -> None:
         """Asks for a body that the caller holds back until then, unless it has come or will be refused anyway."""
         length = head.headers.get("content-length", "0")
-        fits = length.isascii() and length.isdigit() and len(length) < 9 and int(length) <= MOST_BODY_BYTES
+        fits = length.isascii() and length.isdigit() and len(length) < 9 and int(length) <= MAX_BODY_BYTES
         if fits and not self.wire.rest:
             self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
 
@@ -756,7 +757,7 @@ class Api:
         """POST /lease"""
         headers = request.head.headers
         ttl = _parsed(headers, "x-lease-ttl", parse_ttl, DEFAULT_TTL_SECONDS)
-        wait = _parsed(headers, "x-lease-wait", seconds_up_to(MOST_WAIT_SECONDS), 0.0)
+        wait = _parsed(headers, "x-lease-wait", seconds_up_to(MAX_WAIT_SECONDS), 0.0)
         key, value = parse_lock(request.body)
         try:
             outcome = self._service.acquire(key, value, ttl, wait, request.hung_up)
@@ -1417,7 +1418,7 @@ class EtcdStorage:
         self._timeout = timeout  # seconds for one operation, all tries together
         self._holders = Combiner(gateway.holders, lambda key: _part_of_call(len(key)))
         self._claims = Combiner(gateway.claim, lambda claim: _part_of_call(len(claim.key) + len(claim.value)))
-        self._renewals = Combiner(gateway.keep_alive, lambda lease: 1 / MOST_KEEPALIVES)
+        self._renewals = Combiner(gateway.keep_alive, lambda lease: 1 / MAX_KEEPALIVES)
 
     def acquire(self, key: str, value: str, ttl: int) -> Grant | Holder:
         """A read, so that a refusal writes nothing; then a lease of our own, and one transaction that puts the key
@@ -1528,14 +1529,14 @@ class Claim(NamedTuple):
     lease: int
 
 
-MOST_OPERATIONS = 64  # in one transaction; etcd allows 128, nested ones counted in
-MOST_BATCH_BYTES = 256 << 10  # of keys and values in one call; base64 adds a third, and etcd's limit is 1.5 MiB
-MOST_KEEPALIVES = 64  # lines of 26 bytes in one POST: see _LINES_LEAD
+MAX_OPERATIONS = 64  # in one transaction; etcd allows 128, nested ones counted in
+MAX_BATCH_BYTES = 256 << 10  # of keys and values in one call; base64 adds a third, and etcd's limit is 1.5 MiB
+MAX_KEEPALIVES = 64  # lines of 26 bytes in one POST: see _LINES_LEAD
 
 
 def _part_of_call(size: int) -> float:
     """What part of one transaction an operation with so many characters takes up; at worst 4 bytes each."""
-    return max(1 / MOST_OPERATIONS, size * 4 / MOST_BATCH_BYTES)
+    return max(1 / MAX_OPERATIONS, size * 4 / MAX_BATCH_BYTES)
 
 
 class Gateway:
@@ -1871,7 +1872,7 @@ def _converse(member: Member, wire: Wire, request: bytes, deadline: float) -> tu
     """Sends the request, reads the answer, and keeps the connection if it is as good as new."""
     wire.send(request, deadline)
     status, headers = parse_answer_head(wire.head(deadline))
-    text = wire.body(headers, MOST_ANSWER_BYTES, deadline).decode()
+    text = wire.body(headers, MAX_ANSWER_BYTES, deadline).decode()
     if status == 200 and not wire.rest and "connection" not in headers:
         member.idle.append(wire)
     else:  # after an error, or with something unread, a connection is not to be trusted
