@@ -10,8 +10,8 @@ counted from the moment the holder *sent* the request that was answered 201 or 2
 What nobody may rely on: that a holder whose lease ran out has stopped. It may be paused and wake up later. Only
 the protected resource can stop it, by refusing a fencing token smaller than one it has seen.
 
-One lock is one etcd lease and one key put with it, `/shared-lock/` + key. No other state exists, so any number of
-replicas may serve one etcd. The way of a request, which is also the order of this file:
+One lock is one etcd lease and one key put with it, `/shared-lock/` + key. There is no other state, so any number of
+replicas may serve one etcd. The path of a request, which is also the order of this file:
 
     front door    bytes become a Request, and a Response becomes bytes; HTTP stops here
     LockService   what a lock means: acquire, renew, release, wait; the cache of held keys
@@ -19,8 +19,8 @@ replicas may serve one etcd. The way of a request, which is also the order of th
     Combiner      while one call to etcd is in flight, later callers queue up to share the next
     Gateway       etcd's JSON gateway; base64, int64-as-text and the members that fail stop here
 
-Metrics, profiles and the life of the process stand behind them. Every variable of the environment is a field of
-Config; `python shared_lock.py --help` prints them.
+Metrics, profiles and the life of the process follow. Every environment variable is a field of Config;
+`python shared_lock.py --help` prints them.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import base64
 import bisect
 import collections
 import contextlib
+import copy
 import datetime
 import email.utils
 import errno
@@ -68,7 +69,7 @@ DEFAULT_TTL_SECONDS = 10  # of a POST /lease without x-lease-ttl
 MAX_TTL_SECONDS = 9_000_000_000  # etcd's own limit
 MAX_WAIT_SECONDS = 60  # of x-lease-wait: proxies cut longer silences
 POLL_SECONDS = 0.4  # how late a waiter may learn of a release through another replica
-HUNG_UP_SECONDS = 2  # how late it may be noticed that a waiter's caller has gone
+HUNG_UP_SECONDS = 2  # how late we may notice that a waiting caller has gone
 MAX_BODY_BYTES = 64 << 10  # of a request
 MAX_HEAD_BYTES = 64 << 10  # of a request line, and of the headers together
 MAX_HEADERS = 100
@@ -78,7 +79,7 @@ INT64 = range(-(1 << 63), 1 << 63)
 # == Words: errors, settings, small data =============================================================================
 #
 # Errors are split by who must act: the caller (BadRequest), nobody yet (StorageError: nothing happened), or the
-# caller with care (OutcomeUnknown). That a key is held, or a lease gone, is an answer and no error.
+# caller with care (OutcomeUnknown). That a key is held, or a lease gone, is an answer, not an error.
 
 
 class BadRequest(Exception):
@@ -97,15 +98,12 @@ class Refused(StorageError):
     """etcd understood and said no; any member would say the same. `code` is the gRPC status code."""
 
     def __init__(self, text: str, code: int = 0) -> None:
-        super().__init__(text, code)
-        self.text, self.code = text, code
-
-    def __str__(self) -> str:
-        return self.text
+        super().__init__(text)
+        self.code = code
 
 
 class Unavailable(StorageError):
-    """No answer was to be had and nothing was changed: worth a try on another member."""
+    """There was no answer, and nothing was changed: worth a try on another member."""
 
 
 class OutcomeUnknown(StorageError):
@@ -117,11 +115,11 @@ class Stale(OutcomeUnknown):
 
 
 class ConfigError(Exception):
-    """A variable of the environment that cannot be used; the text is one line that names it."""
+    """An environment variable cannot be used; the text is one line that names it."""
 
 
 class Holder(NamedTuple):
-    """What a key in etcd holds: the lease it goes with (0: none), its fencing token, and its value where asked for."""
+    """Who holds a key: its lease (0: none), its fencing token, and its value where asked for."""
 
     lease: int
     token: int
@@ -137,7 +135,7 @@ class Grant(NamedTuple):
 
 
 class LeaseInfo(NamedTuple):
-    """A lease that lives: seconds left, seconds granted, and, from etcd, the keys that go with it."""
+    """A live lease: seconds left, seconds granted, and, from etcd, the keys attached to it."""
 
     left: int
     granted: int
@@ -145,7 +143,7 @@ class LeaseInfo(NamedTuple):
 
 
 def quote(value: object) -> str:
-    """The value as error messages show it: on one line, in double quotes, not longer than a reader wants."""
+    """The value as error messages show it: on one line, in double quotes, cut at 120 characters."""
     text = str(value)
     return json.dumps(text if len(text) <= 120 else text[:119] + "…", ensure_ascii=False)
 
@@ -153,17 +151,7 @@ def quote(value: object) -> str:
 _NUMBER = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)"
 _DURATION = re.compile(rf"([+-]?)((?:{_NUMBER}(?:ns|us|µs|μs|ms|s|m|h))+|{_NUMBER})")
 _DURATION_PART = re.compile(rf"({_NUMBER})([^0-9.]*)")
-_UNITS = {
-    "ns": "1e-9",
-    "us": "1e-6",
-    "µs": "1e-6",
-    "μs": "1e-6",
-    "ms": "1e-3",
-    "s": "1",
-    "m": "60",
-    "h": "3600",
-    "": "1",
-}
+_UNITS = {"ns": "1e-9", "us": "1e-6", "µs": "1e-6", "μs": "1e-6", "ms": "1e-3", "s": "1", "m": "60", "h": "3600"}
 
 
 @functools.lru_cache(maxsize=256)
@@ -172,12 +160,12 @@ def parse_duration(text: str) -> Fraction:
     match = _DURATION.fullmatch(text)
     if not match or len(text) > 100:
         raise ValueError(f"not a duration: {quote(text)}")
-    seconds = sum((Fraction(n) * Fraction(_UNITS[unit]) for n, unit in _DURATION_PART.findall(match[2])), Fraction())
-    return -seconds if match[1] == "-" else seconds
+    parts = [Fraction(n) * Fraction(_UNITS[unit or "s"]) for n, unit in _DURATION_PART.findall(match[2])]
+    return sum(parts, Fraction()) * (-1 if match[1] == "-" else 1)
 
 
 def parse_ttl(text: str) -> int:
-    """The whole seconds, rounded up, that a lock is asked for. Raises ValueError."""
+    """The ttl that a lock is asked for, rounded up to whole seconds. Raises ValueError."""
     seconds = math.ceil(parse_duration(text))
     if not 0 < seconds <= MAX_TTL_SECONDS:
         raise ValueError(f"not more than 0s and at most {MAX_TTL_SECONDS}s: {quote(text)}")
@@ -247,7 +235,7 @@ def endpoints(text: str) -> tuple[Address, ...]:
 
 
 def variable(name: str) -> str:
-    """The environment's name for a field of Config."""
+    """The environment variable of a field of Config."""
     return "SHARED_LOCK_" + name.upper()
 
 
@@ -256,22 +244,19 @@ def setting(default: str, parse: Callable[[str], Any], meaning: str) -> Any:
     return field(default=parse(default), metadata={"default": default, "parse": parse, "meaning": meaning})
 
 
+_timeout = seconds_up_to(MAX_TTL_SECONDS)
+
+
 @dataclass(frozen=True)
 class Config:
-    """All that can be set, each field by the variable SHARED_LOCK_ + its name in capitals. Durations are seconds."""
+    """All settings, each read from the variable SHARED_LOCK_ + its name in capitals. Durations are in seconds."""
 
     server_port: int = setting("8080", whole(0, 65535), "port to listen on; 0 is a free one, which the log tells")
     server_host: str = setting("", str, "address to listen on; empty is every address, IPv4 and IPv6")
-    server_read_timeout: float = setting(
-        "10s", seconds_up_to(MAX_TTL_SECONDS), "from a request's first byte to its last; 0 is none"
-    )
-    server_write_timeout: float = setting("10s", seconds_up_to(MAX_TTL_SECONDS), "to write an answer; 0 is none")
-    server_idle_timeout: float = setting(
-        "120s", seconds_up_to(MAX_TTL_SECONDS), "an idle connection is closed after it; 0 is none"
-    )
-    server_shutdown_timeout: float = setting(
-        "10s", seconds_up_to(MAX_TTL_SECONDS), "for requests in flight after SIGTERM or SIGINT"
-    )
+    server_read_timeout: float = setting("10s", _timeout, "from a request's first byte to its last; 0 is none")
+    server_write_timeout: float = setting("10s", _timeout, "to write an answer; 0 is none")
+    server_idle_timeout: float = setting("120s", _timeout, "an idle connection is closed after it; 0 is none")
+    server_shutdown_timeout: float = setting("10s", _timeout, "for requests in flight after SIGTERM or SIGINT")
     pprof_enabled: bool = setting("false", boolean, "serve /debug/pprof/")
     storage_type: str = setting("etcd", storage_type, "etcd, or mock: in memory, lost with the process")
     etcd_addr_list: tuple[Address, ...] = setting(
@@ -290,7 +275,7 @@ class Config:
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Config:
-        """The configuration in `env`, such as os.environ. Raises ConfigError, one line, for the first that is wrong."""
+        """The configuration in `env`, such as os.environ. Raises ConfigError for the first variable that is wrong."""
         given = {}
         for one in fields(cls):
             if (text := env.get(variable(one.name))) is not None:
@@ -311,15 +296,16 @@ class Config:
                 shown = f"{quote(getattr(self, name))}: {fault.strerror}"
                 raise ConfigError(f"{variable(name)}: not a file that can be read: {shown}") from fault
         try:
-            name = "ca_cert_path"
-            context = ssl.create_default_context(cafile=self.ca_cert_path)
-            name = "client_cert_path"
-            self._show_certificate(context)
+            ssl.create_default_context(cafile=self.ca_cert_path)
         except OSError as fault:  # ssl.SSLError is one
-            of_key = f" for {variable('client_key_path')}={quote(self.client_key_path)}, an open key in PEM"
+            shown = quote(self.ca_cert_path)
+            raise ConfigError(f"{variable('ca_cert_path')}: not a certificate in PEM: {shown}") from fault
+        try:
+            self.tls_context()
+        except OSError as fault:
             raise ConfigError(
-                f"{variable(name)}: not a certificate in PEM{of_key if name == 'client_cert_path' else ''}:"
-                f" {quote(getattr(self, name))}"
+                f"{variable('client_cert_path')}: not a certificate in PEM for {variable('client_key_path')}="
+                f"{quote(self.client_key_path)}, an open key in PEM: {quote(self.client_cert_path)}"
             ) from fault
         for address in self.etcd_addr_list:
             if address.tls is False:
@@ -328,16 +314,13 @@ class Config:
                     f" as {variable('etcd_tls')}=true wants it: {quote(f'http://{address}')}"
                 )
 
-    def _show_certificate(self, context: ssl.SSLContext) -> None:
-        # The password keeps OpenSSL from asking for one on the terminal.
-        context.load_cert_chain(self.client_cert_path, self.client_key_path, password="")
-
     def tls_context(self) -> ssl.SSLContext:
         """How to talk TLS to etcd: with our three files, or, for an https endpoint without ETCD_TLS, as curl would."""
         if not self.etcd_tls:
             return ssl.create_default_context()
         context = ssl.create_default_context(cafile=self.ca_cert_path)
-        self._show_certificate(context)
+        # The password keeps OpenSSL from asking for one on the terminal.
+        context.load_cert_chain(self.client_cert_path, self.client_key_path, password="")
         return context
 
 
@@ -1257,7 +1240,7 @@ class Combiner(Generic[Item, Answer]):
             self._wake(mine.next)
         if isinstance(mine.answer, StorageError):
             # A copy, since an exception that several threads raise collects the tracebacks of all.
-            raise type(mine.answer)(*mine.answer.args) from mine.answer
+            raise copy.copy(mine.answer) from mine.answer
         answer: Answer = mine.answer
         return answer
 
