@@ -73,7 +73,7 @@ HUNG_UP_SECONDS = 2  # how late we may notice that a waiting caller has gone
 MAX_BODY_BYTES = 64 << 10  # of a request
 MAX_HEAD_BYTES = 64 << 10  # of a request line, and of the headers together
 MAX_HEADERS = 100
-MAX_ANSWER_BYTES = 16 << 20  # from etcd: 64 values of 64 KiB in base64 are 6 MiB
+MAX_ANSWER_BYTES = 16 << 20  # from etcd: most are below 1 MiB, but a lease of another tenant may have many keys
 INT64 = range(-(1 << 63), 1 << 63)
 
 # == Words: errors, settings, small data =============================================================================
@@ -326,13 +326,13 @@ class Config:
 
 # == Wire: HTTP/1.1 messages over one socket =========================================================================
 #
-# The front door reads requests with it and the gateway reads etcd's answers. http.server and http.client parse heads
-# with the e-mail package, which takes longer than all the rest of a request: /health at 64 connections went from
-# 5,200 to 17,000 requests/s with what follows. Being strict is easier here, too.
+# The front door reads requests with it, and the gateway etcd's answers. http.server and http.client parse headers with
+# the e-mail package, which takes longer than all the rest of a request: without it, /health at 64 connections went
+# from 5,200 to 17,000 requests/s. Being strict is easier here, too.
 
 
 class Malformed(Exception):
-    """What came is not the HTTP that is spoken here; `status` is the answer where there is a caller to tell."""
+    """Not the HTTP that is spoken here; `status` is the answer where there is a caller to tell."""
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
@@ -344,11 +344,31 @@ _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 _RECEIVE_BYTES = 16 << 10  # one recv; nearly every message is smaller
 
 
-class Wire:
-    """One socket, and the bytes that have come over it and were not used yet. It belongs to one thread at a time.
+def parse_headers(lines: Iterable[str]) -> dict[str, str]:
+    """RFC 9112, 5: strict, since what two parties read differently can be used to smuggle a request past one."""
+    headers: dict[str, str] = {}
+    for line in lines:
+        name, colon, value = line.partition(":")
+        if not colon or not _TOKEN.fullmatch(name) or _CONTROL.search(value):
+            raise Malformed(400, f"not a header: {quote(line)}")
+        name, value = name.lower(), value.strip(" \t")
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    return headers
 
-    Reading ends with EOFError where the other side has ended the stream, TimeoutError at the deadline (of
-    time.monotonic, math.inf is none), Malformed, or ConnectionError.
+
+@functools.lru_cache(maxsize=256)
+def _chunk_size(line: bytes) -> int:
+    digits = line.partition(b";")[0].rstrip(b" \t")
+    if not re.fullmatch(rb"[0-9A-Fa-f]{1,8}", digits) or b"\n" in line or b"\r" in line:
+        raise Malformed(400, f"not the size of a chunk: {quote(line.decode('latin-1'))}")
+    return int(digits, 16)
+
+
+class Wire:
+    """A socket, and the bytes received from it but not used yet (`rest`). It belongs to one thread at a time.
+
+    Deadlines are on the clock of time.monotonic; math.inf is none. Reading raises EOFError where the other side has
+    ended the stream, TimeoutError, Malformed, or ConnectionError.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -357,7 +377,7 @@ class Wire:
         self._in_force = {socket.SO_RCVTIMEO: math.inf, socket.SO_SNDTIMEO: math.inf}
 
     def head(self, deadline: float) -> bytes:
-        """A message's first line and headers, up to and without the blank line."""
+        """A message's first line and headers, without the blank line after them."""
         start = 0
         while (end := self.rest.find(b"\r\n\r\n", start)) < 0:
             if len(self.rest) > 2 * MAX_HEAD_BYTES + 6:  # and three line ends
@@ -375,25 +395,37 @@ class Wire:
         self.rest = self.rest[end + 4 :]
         return head
 
-    def body(self, headers: Mapping[str, str], limit: int, deadline: float) -> bytes:
-        """The body that these headers announce; without Content-Length and Transfer-Encoding there is none."""
+    def body(
+        self, headers: Mapping[str, str], limit: int, deadline: float, invite: Callable[[], None] | None = None
+    ) -> bytes:
+        """The body that these headers announce: without Content-Length and Transfer-Encoding, none.
+
+        `invite` asks for a body that is held back; it is called unless the body has begun to come or is refused.
+        """
         length, coding = headers.get("content-length"), headers.get("transfer-encoding")
-        if coding is not None:
-            if length is not None:
+        if length is not None:
+            if coding is not None:
                 raise Malformed(400, "content-length together with transfer-encoding")
-            if coding.lower() != "chunked":
-                raise Malformed(400, f"transfer-encoding: not chunked: {quote(coding)}")
-            return self._chunked(limit, deadline)
-        if length is None:
+            if not (length.isascii() and length.isdigit()):
+                raise Malformed(400, f"content-length: not a number: {quote(length)}")
+            if len(length.lstrip("0")) > 18 or int(length) > limit:
+                raise Malformed(413, f"the body is larger than {limit} bytes")
+        elif coding is None:
             return b""
-        if not (length.isascii() and length.isdigit()):
-            raise Malformed(400, f"content-length: not a number: {quote(length)}")
-        if len(length.lstrip("0")) > 18 or int(length) > limit:
-            raise Malformed(413, f"the body is larger than {limit} bytes")
-        return self._exactly(int(length), deadline)
+        elif coding.lower() != "chunked":
+            raise Malformed(400, f"transfer-encoding: not chunked: {quote(coding)}")
+        if invite and not self.rest:
+            invite()
+        if length is None:
+            return self._chunked(limit, deadline)
+        end = int(length)
+        while len(self.rest) < end:
+            self.receive(deadline)
+        body, self.rest = self.rest[:end], self.rest[end:]
+        return body
 
     def _chunked(self, limit: int, deadline: float) -> bytes:
-        """A body in chunks. `rest` is read by index and cut once: one answer of etcd may have 64 of them."""
+        """A body in chunks. `rest` is read by index and cut once, since one answer of etcd may have 64 of them."""
         parts: list[bytes] = []
         total = at = 0
         while True:
@@ -425,19 +457,6 @@ class Wire:
             self.receive(deadline)
         return self.rest[at:end], end + 2
 
-    def _exactly(self, count: int, deadline: float) -> bytes:
-        if len(self.rest) < count:
-            parts = [self.rest]
-            missing = count - len(self.rest)
-            while missing > 0:
-                self.rest = b""
-                self.receive(deadline)
-                parts.append(self.rest)
-                missing -= len(self.rest)
-            self.rest = b"".join(parts)
-        part, self.rest = self.rest[:count], self.rest[count:]
-        return part
-
     def receive(self, deadline: float) -> None:
         """Waits for more bytes and appends them to `rest`."""
         self._limit(socket.SO_RCVTIMEO, deadline)
@@ -450,7 +469,6 @@ class Wire:
         self.rest += data
 
     def send(self, data: bytes, deadline: float) -> None:
-        """Sends all of it, however slowly the other side takes it."""
         while data:
             self._limit(socket.SO_SNDTIMEO, deadline)
             try:
@@ -460,11 +478,9 @@ class Wire:
             data = data[sent:]
 
     def _limit(self, option: int, deadline: float) -> None:
-        """Sets how long the next recv or send may take: by socket option, since settimeout() adds a poll() to each.
-
-        TLS heeds settimeout() only. A timeout in force that is right to within 2 % is kept, which spares a system
-        call in nearly every recv and send.
-        """
+        """Sets how long the next recv or send may take: by socket option, since settimeout() adds a poll() to each,
+        except with TLS, which heeds nothing else. A timeout in force that is right to within 2 % is kept, which spares
+        nearly every call a system call."""
         seconds = deadline - time.monotonic()
         if seconds <= 0:
             raise TimeoutError("timed out")
@@ -480,7 +496,7 @@ class Wire:
 
 
 class Head(NamedTuple):
-    """A request without its body. Header names are in lower case, several of one name joined with ", "."""
+    """A request without its body. Header names are in lower case; headers of one name are joined with ", "."""
 
     method: str
     path: str
@@ -491,7 +507,7 @@ class Head(NamedTuple):
 
 
 class Request(NamedTuple):
-    """`hung_up()` tells whether the caller has gone while the answer was being made."""
+    """`hung_up()` tells whether the caller has gone meanwhile."""
 
     head: Head
     body: bytes
@@ -512,28 +528,7 @@ class Response(NamedTuple):
 
 
 def error(status: int, text: str, *headers: tuple[str, str]) -> Response:
-    """One line of plain text; what cannot be encoded is shown escaped."""
     return Response(status, (text + "\n").encode("utf-8", "backslashreplace"), TEXT, headers)
-
-
-@functools.lru_cache(maxsize=256)
-def _chunk_size(line: bytes) -> int:
-    digits = line.partition(b";")[0].rstrip(b" \t")
-    if not re.fullmatch(rb"[0-9A-Fa-f]{1,8}", digits) or b"\n" in line or b"\r" in line:
-        raise Malformed(400, f"not the size of a chunk: {quote(line.decode('latin-1'))}")
-    return int(digits, 16)
-
-
-def parse_headers(lines: Iterable[str]) -> dict[str, str]:
-    """RFC 9112, 5: strict, since what two parties read differently can be used to smuggle a request past one."""
-    headers: dict[str, str] = {}
-    for line in lines:
-        name, colon, value = line.partition(":")
-        if not colon or not _TOKEN.fullmatch(name) or _CONTROL.search(value):
-            raise Malformed(400, f"not a header: {quote(line)}")
-        name, value = name.lower(), value.strip(" \t")
-        headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    return headers
 
 
 # curl sends a path as it was typed: UTF-8 that is not percent-encoded is welcome, other bytes are not.
@@ -541,7 +536,7 @@ _REQUEST_LINE = re.compile(rf"({_TOKEN.pattern}) ([^\x00-\x20\x7f\ud800-\udfff]+
 
 
 def parse_head(data: bytes) -> Head:
-    """The request line and the headers. Raises Malformed."""
+    """The request that begins with this head. Raises Malformed."""
     line, *header_lines = data.decode("utf-8", "surrogateescape").split("\r\n")
     if len(header_lines) > MAX_HEADERS:
         raise Malformed(431, f"more than {MAX_HEADERS} headers")
@@ -576,7 +571,7 @@ _REASON[413] = "Content Too Large"  # RFC 9110; CPython before 3.13 has the name
 
 
 def render(response: Response, head: Head | None, keep_alive: bool) -> bytes:
-    """The bytes of an answer. `head` is the request's, None where it could not be read."""
+    """The answer as bytes. `head` is the request's, None where it could not be read."""
     status, body = response.status, response.body
     lines = [f"HTTP/1.1 {status} {_REASON[status]}\r\nDate: {http_date(int(time.time()))}\r\n"]
     if status != 204:  # RFC 9110, 8.6: no Content-Length with 204
@@ -587,12 +582,12 @@ def render(response: Response, head: Head | None, keep_alive: bool) -> bytes:
     elif head and head.version == "HTTP/1.0":
         lines.append("Connection: keep-alive\r\n")
     lines.append("\r\n")
-    bytes_ = "".join(lines).encode("latin-1")
-    return bytes_ if head and head.method == "HEAD" else bytes_ + body
+    data = "".join(lines).encode("latin-1")
+    return data if head and head.method == "HEAD" else data + body
 
 
 class Connection(socketserver.BaseRequestHandler):
-    """Serves one connection, in a thread of its own: request by request, in order."""
+    """Serves one connection in its own thread, request by request."""
 
     server: Server
     idle = False  # waiting for a request's first byte; such connections do not delay the shutdown
@@ -615,7 +610,7 @@ class Connection(socketserver.BaseRequestHandler):
             event(DEBUG, "connection closed", client=self.client, reason=fault)
 
     def close_if_idle(self) -> None:
-        """Ends the wait for a request; one that has come already is still read and answered."""
+        """Ends the wait for a request; one that has arrived already is still read and answered."""
         if self.idle:
             with contextlib.suppress(OSError):  # closed meanwhile
                 self.request.shutdown(socket.SHUT_RD)
@@ -657,20 +652,16 @@ class Connection(socketserver.BaseRequestHandler):
     def _read_request(self, deadline: float) -> Request:
         data = self.wire.head(deadline)
         head = _parse_short_head(data) if len(data) < 1024 else parse_head(data)
-        if head.headers.get("expect", "").lower() == "100-continue" and head.version != "HTTP/1.0":
-            self._invite(head)
-        return Request(head, self.wire.body(head.headers, MAX_BODY_BYTES, deadline), self._hung_up)
+        waits = head.headers.get("expect", "").lower() == "100-continue" and head.version != "HTTP/1.0"
+        body = self.wire.body(head.headers, MAX_BODY_BYTES, deadline, self._invite if waits else None)
+        return Request(head, body, self._hung_up)
 
-    def _invite(self, head: Head) -> None:
-        """Asks for a body that the caller holds back until then, unless it has come or will be refused anyway."""
-        length = head.headers.get("content-length", "0")
-        fits = length.isascii() and length.isdigit() and len(length) < 9 and int(length) <= MAX_BODY_BYTES
-        if fits and not self.wire.rest:
-            self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
+    def _invite(self) -> None:
+        self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _refuse(self, status: int, text: str) -> bool:
         """Answers what could not be read as a request. The rest of the stream means nothing, so the connection ends:
-        first our half, and a moment later the whole, since closing with bytes unread would destroy the answer."""
+        our half first, the whole a moment later, since closing with bytes unread would destroy the answer."""
         event(DEBUG, "request refused", status=status, reason=text)
         self._send(render(error(status, text), None, keep_alive=False))
         self.request.shutdown(socket.SHUT_WR)
@@ -690,7 +681,7 @@ class Connection(socketserver.BaseRequestHandler):
 
 
 def _deadline(timeout: float) -> float:
-    """When a timeout that begins now ends, on the clock of time.monotonic; 0 is none."""
+    """When a timeout that begins now ends (time.monotonic); 0 is none."""
     return time.monotonic() + timeout if timeout else math.inf
 
 
@@ -698,7 +689,7 @@ class Api:
     """The endpoints: what a Request means to the LockService, and its answer as a Response."""
 
     def __init__(self, service: LockService, metrics: Metrics, profiling: bool = False) -> None:
-        self._service = service
+        self.service = service
         self._metrics = metrics
         self._routes: dict[str, dict[str, Callable[[Request], Response]]] = {
             "/lease": {"POST": self.acquire, "DELETE": self.release, "GET": self.look},
@@ -711,7 +702,7 @@ class Api:
             self._routes |= {path: {"GET": page} for path, page in profile_pages().items()}
 
     def answer(self, request: Request) -> Response:
-        """Always an answer, whatever happens."""
+        """Always answers, unless the caller has gone: then it raises HungUp."""
         head = request.head
         methods = self._routes.get(head.path)
         if methods is None:
@@ -732,10 +723,6 @@ class Api:
             event(ERROR, "internal error", path=head.path, error=repr(fault), at=_where(fault))
             return error(500, "internal error: see the log of shared-lock")
 
-    def dismiss_waiting(self) -> None:
-        """Whoever waits for a lock is answered now: the daemon stops."""
-        self._service.dismiss_waiting()
-
     def acquire(self, request: Request) -> Response:
         """POST /lease"""
         headers = request.head.headers
@@ -743,7 +730,7 @@ class Api:
         wait = _parsed(headers, "x-lease-wait", seconds_up_to(MAX_WAIT_SECONDS), 0.0)
         key, value = parse_lock(request.body)
         try:
-            outcome = self._service.acquire(key, value, ttl, wait, request.hung_up)
+            outcome = self.service.acquire(key, value, ttl, wait, request.hung_up)
         except OutcomeUnknown as fault:
             return error(500, f"outcome unknown: {fault}")
         except StorageError as fault:
@@ -752,23 +739,23 @@ class Api:
             return Response(202, b"%d" % outcome.lease)
         lease = outcome.lease
         answer_headers = (("x-lease-ttl", f"{outcome.ttl}s"), ("x-fencing-token", str(outcome.token)))
-        return Response(201, b"%d" % lease, TEXT, answer_headers, undo=lambda: self._service.take_back(lease))
+        return Response(201, b"%d" % lease, TEXT, answer_headers, undo=lambda: self.service.take_back(lease))
 
     def renew(self, request: Request) -> Response:
         """POST /keepalive"""
-        ttl = self._service.renew(parse_lease(request.body))
+        ttl = self.service.renew(parse_lease(request.body))
         return Response(200, b"", TEXT, (("x-lease-ttl", f"{ttl}s"),)) if ttl else Response(204)
 
     def release(self, request: Request) -> Response:
         """DELETE /lease"""
-        return Response(200 if self._service.release(parse_lease(request.body)) else 204)
+        return Response(200 if self.service.release(parse_lease(request.body)) else 204)
 
     def look(self, request: Request) -> Response:
         """GET /lease?key=K"""
         key = _query(request).get("key", "")
         if not key:
             raise BadRequest("key: missing in the query, as in /lease?key=nightly")
-        found = self._service.look(_checked_text("key", key))
+        found = self.service.look(_checked_text("key", key))
         if found is None:
             return error(404, f"key: free: {quote(key)}")
         holder, lease = found
@@ -785,7 +772,7 @@ class Api:
         return Response(200, b"ok\n")
 
     def ready(self, request: Request) -> Response:
-        fault = self._service.readiness()
+        fault = self.service.readiness()
         return error(503, f"storage failed: {fault}") if fault else Response(200, b"ok\n")
 
     def expose_metrics(self, request: Request) -> Response:
@@ -793,7 +780,7 @@ class Api:
 
 
 def _query(request: Request) -> dict[str, str]:
-    """The query's members; of one name the first counts."""
+    """The query's parameters; of several with one name the first counts."""
     try:
         pairs = urllib.parse.parse_qsl(request.head.query, keep_blank_values=True, errors="strict")
     except ValueError as fault:
@@ -829,7 +816,7 @@ def _parse_json(body: bytes) -> Any:
 
 
 def parse_lock(body: bytes) -> tuple[str, str]:
-    """The key and the value that a POST /lease asks for. Raises BadRequest."""
+    """The key and the value in the body of a POST /lease. Raises BadRequest."""
     lock = _parse_json(body)
     if not isinstance(lock, dict):
         raise BadRequest(f"body: not a JSON object: {quote(json.dumps(lock))}")
@@ -2237,7 +2224,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.shutdown()
         self.socket.close()
         self.draining = True
-        self.api.dismiss_waiting()
+        self.api.service.dismiss_waiting()
         deadline = time.monotonic() + timeout
         with self._mutex:
             for connection in self._connections:
