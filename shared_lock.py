@@ -880,7 +880,7 @@ def parse_lease(body: bytes) -> int:
 
 
 class Storage(Protocol):
-    """What both storages promise. Keys and values are without our prefix. Every method may raise StorageError."""
+    """What both storages promise. Keys are without our prefix. Every method may raise StorageError."""
 
     def acquire(self, key: str, value: str, ttl: int) -> Grant | Holder:
         """Takes the key, or tells who has it. Raises OutcomeUnknown where the lock may have been taken."""
@@ -895,7 +895,7 @@ class Storage(Protocol):
         """Starts the lease's ttl again and returns it; 0 where the lease is known to be gone."""
 
     def release(self, lease: int) -> list[str] | None:
-        """Ends the lease and tells the keys that are free with it; None where there is nothing of ours to end."""
+        """Ends the lease and returns the keys that this frees; None where there is nothing of ours to end."""
 
     def check(self) -> None:
         """Returns if the storage can serve."""
@@ -906,7 +906,7 @@ class HungUp(EOFError):
 
 
 class LockService:
-    """Locks over a storage: acquire, renew, release, look. Its methods may be called from any thread."""
+    """Locks over a storage. All methods may be called from any thread."""
 
     def __init__(self, storage: Storage, metrics: Metrics, cache: Cache | None = None) -> None:
         self._storage = storage
@@ -920,7 +920,7 @@ class LockService:
     def acquire(
         self, key: str, value: str, ttl: int, wait: float = 0, hung_up: Callable[[], bool] = lambda: False
     ) -> Grant | Holder:
-        """Takes the lock for ttl seconds, or tells who holds it, after waiting for it up to `wait` seconds.
+        """Takes the lock for `ttl` seconds, or tells who holds it after waiting for up to `wait` seconds.
 
         Raises StorageError (not acquired), OutcomeUnknown, or HungUp.
         """
@@ -936,7 +936,7 @@ class LockService:
     def _acquire_in_line(
         self, key: str, value: str, ttl: int, deadline: float, hung_up: Callable[[], bool]
     ) -> Grant | Holder:
-        with self._line.place(key) as place:
+        with self._line.place(key) as turn:
             while True:
                 outcome = self._try_to_acquire(key, value, ttl)
                 if isinstance(outcome, Grant) and hung_up():
@@ -944,7 +944,7 @@ class LockService:
                     raise HungUp("the caller hung up")
                 if isinstance(outcome, Grant) or time.monotonic() >= deadline:
                     return outcome
-                self._line.await_turn(place, deadline, hung_up)
+                self._line.await_turn(key, turn, deadline, hung_up)
                 if self._line.dismissed:
                     return outcome
 
@@ -961,22 +961,15 @@ class LockService:
             event(INFO, "granted", key=key, lease=outcome.lease, ttl=outcome.ttl, token=outcome.token)
             if self._cache:
                 self._cache.remember(key, outcome.lease, started + outcome.ttl, seen)
-        elif self._cache and outcome.lease:
-            self._learn(self._cache, key, outcome.lease, seen)
+        elif self._cache and outcome.lease:  # remembered for what the holder's ttl has left, not for the asker's ttl
+            asked = time.monotonic()
+            with contextlib.suppress(StorageError):  # the refusal stands without it, and the next one asks again
+                if info := self._storage.describe(outcome.lease):
+                    self._cache.remember(key, outcome.lease, asked + info.left, seen)
         return outcome
 
-    def _learn(self, cache: Cache, key: str, lease: int, seen: int) -> None:
-        """Remembers somebody's lock for as long as its lease is sure to last: the holder's ttl, not the asker's."""
-        asked = time.monotonic()
-        try:
-            info = self._storage.describe(lease)
-        except StorageError:  # the refusal stands without it, and the next one asks again
-            return
-        if info:
-            cache.remember(key, lease, asked + info.left, seen)
-
     def renew(self, lease: int) -> int:
-        """The seconds that the lease has again from now; 0 where etcd knows that it is gone. Raises StorageError."""
+        """Starts the lease's ttl again and returns it; 0 where etcd knows that it is gone. Raises StorageError."""
         started = time.monotonic()
         try:
             ttl = self._storage.renew(lease)
@@ -995,7 +988,7 @@ class LockService:
         return ttl
 
     def release(self, lease: int) -> bool:
-        """Ends the lease and frees its key at once; False where there is nothing of ours. Raises StorageError."""
+        """Ends the lease, which frees its key at once; False where there is nothing of ours. Raises StorageError."""
         try:
             keys = self._storage.release(lease)
         except StorageError as fault:
@@ -1013,7 +1006,7 @@ class LockService:
         return True
 
     def take_back(self, lease: int) -> None:
-        """Releases a lock whose caller has gone before it was told."""
+        """Releases a lock whose caller left before it was told."""
         event(INFO, "caller has gone, lock taken back", lease=lease)
         with contextlib.suppress(StorageError):  # logged by release; the lease ends with its ttl
             self.release(lease)
@@ -1021,17 +1014,19 @@ class LockService:
     def look(self, key: str) -> tuple[Holder, LeaseInfo | None] | None:
         """Who holds the key, and its lease (None: held without one); None where it is free. Raises StorageError."""
         holder = self._storage.look(key)
-        if holder is None or not holder.lease:
-            return holder and (holder, None)
+        if holder is None:
+            return None
+        if not holder.lease:
+            return holder, None
         info = self._storage.describe(holder.lease)
-        return (holder, info) if info else None  # it ended between the two questions
+        return (holder, info) if info else None  # None: it ended between the two questions
 
     def _note_failure(self, operation: str, name: str, **fields: object) -> None:
         self._metrics.count_lease(operation, "error")
         event(WARNING, name, **fields)
 
     def readiness(self) -> StorageError | None:
-        """What is wrong with the storage; asked at most once a second, however many ask."""
+        """What is wrong with the storage. It is checked at most once a second, however many ask."""
         with self._check_mutex:
             if time.monotonic() - self._checked_at > 1:
                 try:
@@ -1043,7 +1038,7 @@ class LockService:
             return self._check_fault
 
     def dismiss_waiting(self) -> None:
-        """Whoever waits for a lock is answered now."""
+        """Answers all that wait for a lock now."""
         self._line.dismiss()
 
 
@@ -1055,18 +1050,18 @@ class Line:
     """
 
     def __init__(self) -> None:
-        self._mutex = threading.Lock()  # owns the lines; an event is set when its owner should look at once
-        self._lines: dict[str, collections.deque[threading.Event]] = {}
+        self._mutex = threading.Lock()  # owns the lines
+        self._lines: dict[str, collections.deque[threading.Event]] = {}  # set: ask the storage now
         self.dismissed = False
 
     @contextlib.contextmanager
-    def place(self, key: str) -> Iterator[tuple[str, threading.Event]]:
-        """A place in the line of this key, for the time of the with statement."""
+    def place(self, key: str) -> Iterator[threading.Event]:
+        """A place in the line for this key, held for the with statement."""
         mine = threading.Event()
         with self._mutex:
             self._lines.setdefault(key, collections.deque()).append(mine)
         try:
-            yield key, mine
+            yield mine
         finally:
             with self._mutex:
                 line = self._lines[key]
@@ -1077,9 +1072,8 @@ class Line:
                 elif was_first:
                     line[0].set()
 
-    def await_turn(self, place: tuple[str, threading.Event], deadline: float, hung_up: Callable[[], bool]) -> None:
-        """Waits until it is worth asking the storage again, or the deadline. Raises HungUp."""
-        key, mine = place
+    def await_turn(self, key: str, mine: threading.Event, deadline: float, hung_up: Callable[[], bool]) -> None:
+        """Waits until it is worth asking the storage again, at most until the deadline. Raises HungUp."""
         called = first = False
         while not (called or first or self.dismissed) and (left := deadline - time.monotonic()) > 0:
             with self._mutex:
@@ -1090,13 +1084,12 @@ class Line:
         mine.clear()
 
     def call(self, key: str) -> None:
-        """The key was released: whoever is first in its line should look."""
+        """Wakes the first in line: the key was released."""
         with self._mutex:
             if key in self._lines:
                 self._lines[key][0].set()
 
     def dismiss(self) -> None:
-        """Nobody is to wait any longer."""
         with self._mutex:
             self.dismissed = True
             for line in self._lines.values():
@@ -1120,12 +1113,12 @@ class _Entry:
 class Cache:
     """Answers "held" from memory. It can delay a grant and never cause one: only etcd grants.
 
-    An entry ends before its lease can: it counts from the moment the storage was *asked*. functools.lru_cache bounds
-    the entries; an index from lease to entry does not keep alive what the LRU dropped.
+    An entry ends before its lease can, since it counts from the moment the storage was *asked*. functools.lru_cache
+    bounds the entries; the index by lease is weak, so that it does not keep alive what the LRU dropped.
     """
 
     def __init__(self, size: int, metrics: Metrics, clock: Callable[[], float] = time.monotonic) -> None:
-        self._mutex = threading.Lock()  # owns all below: lru_cache alone gives two threads that miss two entries
+        self._mutex = threading.Lock()  # owns all below: by itself, lru_cache gives two threads that miss two entries
         self._entry = functools.lru_cache(maxsize=size)(_Entry)
         self._by_lease: weakref.WeakValueDictionary[int, _Entry] = weakref.WeakValueDictionary()
         self._metrics = metrics
@@ -1133,7 +1126,6 @@ class Cache:
         self.releases = 0  # how many leases were released; what was read before the latest may be outdated
 
     def holder(self, key: str) -> Holder | None:
-        """Who is known to hold the key."""
         with self._mutex:
             entry = self._entry(key)
             lease = entry.lease if entry.ends > self._clock() else 0
@@ -1141,7 +1133,7 @@ class Cache:
         return Holder(lease, 0) if lease else None
 
     def remember(self, key: str, lease: int, ends: float, seen: int) -> None:
-        """Lease holds key until `ends` at least, which was read when `releases` was `seen`."""
+        """The lease holds the key until `ends` at least, as read when `releases` was `seen`."""
         with self._mutex:
             if seen != self.releases:
                 return
@@ -1152,7 +1144,7 @@ class Cache:
         self._metrics.count_cache("set", "success")
 
     def renewed(self, lease: int, ends: float) -> None:
-        """A keepalive was answered: the lease lasts until `ends` at least."""
+        """The lease lasts until `ends` at least."""
         with self._mutex:
             if entry := self._by_lease.get(lease):
                 entry.ends = max(entry.ends, ends)
@@ -1170,11 +1162,12 @@ class Cache:
 # == Combiner: one call for all that wait ============================================================================
 #
 # A call to etcd costs 100 µs of CPU on each side, whatever it carries. While one is in flight, later callers queue;
-# whoever comes back hands over to the first of them, which makes the next call for all that wait by then, inline in
-# its own thread. There is no dispatcher thread, and a lone caller pays nothing.
+# whoever comes back hands over to the first of them, which makes the next call for all that wait by then, in its own
+# thread. There is no dispatcher thread, and a lone caller pays nothing.
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
+_PENDING = object()
 
 
 class _Place(Generic[Item]):
@@ -1191,15 +1184,12 @@ class _Place(Generic[Item]):
         self.turn.acquire()
 
 
-_PENDING = object()
-
-
 class Combiner(Generic[Item, Answer]):
     """Makes calls that carry the items of several callers.
 
-    `call(items, deadline)` returns an answer an item, in order; an answer that is an exception is raised to that
-    caller. An item is only ever part of a call that starts after the item came, so a read is never older than its
-    asking. `share(item)` is the part of one call that an item takes up: a call carries at most 1.
+    `call(items, deadline)` returns one answer for each item, in order; an exception among them is raised to its caller.
+    An item only joins a call that has not started yet, so a read is never older than its request. `share(item)` is the
+    part of a call that an item takes up: a call carries at most 1.
     """
 
     def __init__(
@@ -1251,7 +1241,7 @@ class Combiner(Generic[Item, Answer]):
                 place.turn.release()
 
     def _lead(self, deadline: float) -> None:
-        """Makes one call, for the caller at the head of the queue and all that fit in with it."""
+        """Makes one call, for the head of the queue and all that fit in with it."""
         with self._mutex:
             batch = self._take()
         answered: Iterable[tuple[_Place[Item], Answer | StorageError]] = [
@@ -1280,7 +1270,7 @@ class Combiner(Generic[Item, Answer]):
         except Refused as fault:
             if len(items) == 1:
                 return [fault]
-            # etcd refused the whole for the sake of one, whose lease has run out or whose key is too large.
+            # One of them made etcd refuse the whole: its lease has run out, or its key is too large.
             return [answer for item in items for answer in self._answers([item], deadline)]
         except StorageError as fault:
             return [fault] * len(items)
@@ -1332,9 +1322,7 @@ class MemoryStorage:
         with self._mutex:
             self._expire()
             lock = self._locks.get(lease)
-            if lock is None:
-                return None
-            return LeaseInfo(int(lock.ends - self._clock()), lock.ttl)
+            return LeaseInfo(int(lock.ends - self._clock()), lock.ttl) if lock else None
 
     def renew(self, lease: int) -> int:
         with self._mutex:
@@ -1359,7 +1347,7 @@ class MemoryStorage:
         pass
 
     def _expire(self) -> None:
-        """Forgets what has ended. The caller holds the mutex. A renewed lease is put back at its new time."""
+        """Forgets what has ended, and puts renewed leases back with their new time. The caller holds the mutex."""
         now = self._clock()
         while self._expiries and self._expiries[0][0] <= now:
             _, lease = heapq.heappop(self._expiries)
@@ -1371,7 +1359,7 @@ class MemoryStorage:
 
 
 def new_lease_id() -> int:
-    """A random positive int64. Our own choice rather than etcd's, so that a grant can be repeated without harm."""
+    """A random positive int64. We choose it, not etcd, so that a grant can be repeated without harm."""
     return secrets.randbits(63) or 1
 
 
@@ -1381,7 +1369,7 @@ Argument = TypeVar("Argument")
 
 
 class EtcdStorage:
-    """Locks in etcd. Every operation is safe to repeat, and is repeated until it is answered or its budget is spent."""
+    """Locks in etcd. Every operation is safe to repeat, and is repeated until etcd answers or its time is up."""
 
     def __init__(self, gateway: Gateway, timeout: float) -> None:
         self._gateway = gateway
@@ -1405,10 +1393,8 @@ class EtcdStorage:
         try:
             holder = self._insist(self._claims.ask, Claim(key, value, lease), deadline)
         except StorageError as fault:
-            if self._end_lease(
-                lease, granted, deadline
-            ):  # and without its lease there is no lock: the outcome is known
-                raise Unavailable(str(fault)) from fault
+            if self._end_lease(lease, granted, deadline):
+                raise Unavailable(str(fault)) from fault  # not unknown: without its lease there is no lock
             raise
         if holder.lease == lease:
             return Grant(lease, granted, holder.token)
@@ -1428,28 +1414,28 @@ class EtcdStorage:
         deadline = self._deadline()
         info = self._read(self._gateway.time_to_live, lease, deadline)
         prefix = KEY_PREFIX.encode()
-        if info is None or not all(key.startswith(prefix) for key in info.keys):  # another tenant's, of the same etcd
+        if info is None or not all(key.startswith(prefix) for key in info.keys):  # of another tenant of this etcd
             return None
         self._insist(self._gateway.revoke, lease, deadline)
         return [key.removeprefix(prefix).decode("utf-8", "replace") for key in info.keys]
 
     def check(self) -> None:
-        self._read(self._holders.ask, "", self._deadline())  # on our own prefix: the empty key, which nobody can lock
+        self._read(self._holders.ask, "", self._deadline())  # the empty key: within our prefix, and never locked
 
     def _deadline(self) -> float:
         return time.monotonic() + self._timeout
 
     def _read(self, ask: Callable[[Argument, float], Answer], argument: Argument, deadline: float) -> Answer:
-        """As _insist, for questions that change nothing, so that their outcome is never unknown."""
+        """As _insist, for what changes nothing, so that its outcome is never unknown."""
         try:
             return self._insist(ask, argument, deadline)
         except OutcomeUnknown as fault:
             raise Unavailable(str(fault)) from fault
 
     def _insist(self, ask: Callable[[Argument, float], Answer], argument: Argument, deadline: float) -> Answer:
-        """Asks until there is an answer or the budget is spent; the gateway picks the member and keeps the pace.
+        """Asks until there is an answer or the deadline; the session picks the member and keeps the pace.
 
-        Once a try may have been applied, only an answer of etcd can clear that up: no later refusal does.
+        Once a try may have been applied, only an answer from etcd settles it: no later refusal does.
         """
         unknown: OutcomeUnknown | None = None
         while True:
@@ -1464,10 +1450,8 @@ class EtcdStorage:
                     raise unknown or fault from fault
 
     def _end_lease(self, lease: int, ttl: int, deadline: float) -> bool:
-        """Leaves nothing behind of an acquire that came to nothing: True if the lease is gone.
-
-        Where that cannot be had now it is tried in the background, until the lease has ended by itself.
-        """
+        """Cleans up after an acquire that failed: True if the lease is gone. Otherwise, more tries follow in the
+        background until it has ended by itself."""
         try:
             self._insist(self._gateway.revoke, lease, deadline)
             return True
