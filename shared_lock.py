@@ -1435,7 +1435,7 @@ class EtcdStorage:
     def _insist(self, ask: Callable[[Argument, float], Answer], argument: Argument, deadline: float) -> Answer:
         """Asks until there is an answer or the deadline; the session picks the member and keeps the pace.
 
-        Once a try may have been applied, only an answer from etcd settles it: no later refusal does.
+        After a try that may have been applied, only a success settles the outcome: a refusal does not.
         """
         unknown: OutcomeUnknown | None = None
         while True:
@@ -1471,12 +1471,12 @@ class EtcdStorage:
 
 # == Gateway: etcd's JSON gateway, in our words ======================================================================
 #
-# Base64 and int64-as-text stop here. Zero, false and empty fields are absent in etcd's answers, and a field that it
-# does not know is ignored, so a typo in a compare would compare something else.
+# Base64 and int64-as-text stop here. etcd's answers leave out fields that are zero, false or empty, and etcd ignores
+# fields that it does not know: a typo in a compare would compare something else.
 
 
 class Claim(NamedTuple):
-    """What an acquire asks for: the key, with the value, on a lease that was granted before."""
+    """What an acquire asks for: to put the key and value with a lease that was granted before."""
 
     key: str
     value: str
@@ -1489,19 +1489,19 @@ MAX_KEEPALIVES = 64  # lines of 26 bytes in one POST: see _LINES_LEAD
 
 
 def _part_of_call(size: int) -> float:
-    """What part of one transaction an operation with so many characters takes up; at worst 4 bytes each."""
+    """The part of a transaction that an operation with `size` characters takes up; each is at most 4 bytes."""
     return max(1 / MAX_OPERATIONS, size * 4 / MAX_BATCH_BYTES)
 
 
 class Gateway:
-    """Calls of etcd's API. Each raises StorageError by `deadline` (time.monotonic) if it has no answer by then."""
+    """Calls to etcd's API. Each raises StorageError if it has no answer by `deadline` (time.monotonic)."""
 
     def __init__(self, client: Any) -> None:
         self._client = client  # an etcd3gw.Etcd3Client over an EtcdSession
         self._url = functools.cache(client.get_url)
 
     def holders(self, keys: list[str], deadline: float) -> list[Holder | None]:
-        """Who holds each of the keys, without the values; a linearizable read."""
+        """Who holds each key, without the values; a linearizable read."""
         distinct = list(dict.fromkeys(keys))
         reads = [{"key": _key64(key), "keys_only": True} for key in distinct]
         if len(reads) == 1:  # 20 µs less than a transaction of one
@@ -1513,18 +1513,17 @@ class Gateway:
         return [by_key[key] for key in keys]
 
     def look(self, key: str, deadline: float) -> Holder | None:
-        """Who holds the key, with its value."""
         return _holder(self._post("/kv/range", {"key": _key64(key)}, deadline))
 
     def grant(self, wish: tuple[int, int], deadline: float) -> int:
-        """Makes a lease with this (ID, ttl); the ttl that was granted, in seconds. It may be repeated."""
+        """Makes a lease with this (ID, ttl) and returns the ttl that was granted. It may be repeated."""
         lease, ttl = wish
         try:
             return int(self._post("/lease/grant", {"ID": lease, "TTL": ttl}, deadline)["TTL"])
         except Refused as fault:
             if "lease already exists" not in str(fault):
                 raise
-        # An earlier try was applied: the ID is random and ours. Its answer is lost, so the ttl is asked for.
+        # An earlier try was applied, since the ID is random and ours. Its answer is lost, so we ask for the ttl.
         info = self.time_to_live(lease, deadline)
         if info is None:
             raise Refused("the lease ended before it was used")
@@ -1532,10 +1531,10 @@ class Gateway:
 
     def claim(self, claims: list[Claim], deadline: float) -> list[Holder | StorageError]:
         """Puts each key that nobody holds, and tells who holds it then. It may be repeated: whoever finds its own
-        lease there has the key. Of two claims of one key the second is told what the first finds; etcd would refuse
-        a transaction that puts a key twice.
+        lease there has the key. etcd refuses to put a key twice in one transaction, so of two claims for one key only
+        the first is sent, and the second gets its answer.
 
-        Who has a key that was not put is read afterwards: as a branch of the transaction it cost every acquire 8 %.
+        Who holds a key that was not put is read afterwards: as a branch of the transaction it cost every acquire 8 %.
         """
         distinct = {claim.key: claim for claim in reversed(claims)}
         txns = [_claim_txn(claim) for claim in distinct.values()]
@@ -1561,7 +1560,7 @@ class Gateway:
         return [outcomes[claim.key] for claim in claims]
 
     def keep_alive(self, leases: list[int], deadline: float) -> list[int | StorageError]:
-        """The ttl that each lease has again, 0 where it is gone. Answers are matched by ID: some may be missing."""
+        """The renewed ttl of each lease, 0 where it is gone. Answers are matched by ID, since some may be missing."""
         answers = self._post("/lease/keepalive", [{"ID": lease} for lease in dict.fromkeys(leases)], deadline)
         results = [answer["result"] for answer in answers if "result" in answer]
         ttls = {int(result.get("ID", 0)): max(0, int(result.get("TTL", 0))) for result in results}
@@ -1574,7 +1573,7 @@ class Gateway:
         return LeaseInfo(left, int(answer.get("grantedTTL", 0)), keys) if left >= 0 else None
 
     def revoke(self, lease: int, deadline: float) -> None:
-        """Ends the lease; one that is gone already is as good. It defuses a claim that is still under way, too."""
+        """Ends the lease; one that is gone already is as good. A claim with it that is still under way will fail."""
         try:
             self._post("/lease/revoke", {"ID": lease}, deadline)
         except Refused as fault:
@@ -1590,7 +1589,7 @@ def _key64(key: str) -> str:
 
 
 def _claim_txn(claim: Claim) -> dict[str, Any]:
-    """If the key does not exist, which is create_revision 0, put it with the lease."""
+    """If the key does not exist (create_revision 0), put it with the lease."""
     key = _key64(claim.key)
     value = base64.b64encode(claim.value.encode()).decode()
     return {
@@ -1601,21 +1600,21 @@ def _claim_txn(claim: Claim) -> dict[str, Any]:
 
 def _holder(response: dict[str, Any]) -> Holder | None:
     """The holder in a RangeResponse for one key."""
-    if not (kvs := response.get("kvs")):
+    if not response.get("kvs"):
         return None
-    kv = kvs[0]
+    kv = response["kvs"][0]
     return Holder(int(kv.get("lease", 0)), int(kv["create_revision"]), base64.b64decode(kv.get("value", "")))
 
 
 GRPC_NOT_FOUND = 5
 GRPC_UNAVAILABLE = 14
-# Codes that say that nothing was applied and that any member would say: invalid argument, not found, already exists,
+# Codes that mean that nothing was applied, whichever member says it: invalid argument, not found, already exists,
 # permission denied, resource exhausted, failed precondition, out of range, unimplemented, unauthenticated.
 GRPC_REFUSALS = frozenset({3, 5, 6, 7, 8, 9, 11, 12, 16})
 
 
 def classify(status: int, text: str) -> StorageError:
-    """What an answer of etcd other than 200 means; by gRPC code, since HTTP codes differ between releases.
+    """What an answer other than 200 means; by gRPC code, since HTTP codes differ between etcd's releases.
 
     Shapes: {"error": M, "code": N} and, 3.6, {"message": M, "code": N}; of a stream {"error": {"grpc_code": N,
     "message": M}} and, 3.6, {"error": {"code": N, "message": M}}; and plain text.
@@ -1630,8 +1629,8 @@ def classify(status: int, text: str) -> StorageError:
     if code in GRPC_REFUSALS:
         return Refused(message, code)
     if code == GRPC_UNAVAILABLE and "no leader" in message:
-        return Unavailable(message)  # by our header hasleader: said before anything was done
-    return OutcomeUnknown(message)  # timed out, leader changed, not a primary lessor, and whatever else comes
+        return Unavailable(message)  # thanks to our header hasleader, before anything was done
+    return OutcomeUnknown(message)  # timed out, leader changed, not a primary lessor, and anything else
 
 
 def _classify_plain(status: int, text: str) -> StorageError:
@@ -1647,7 +1646,7 @@ def _classify_plain(status: int, text: str) -> StorageError:
 
 
 class Member:
-    """One member of etcd: its idle connections, and what is wrong with it (None: it is well)."""
+    """A member of etcd: its idle connections, and what is wrong with it (`fault`; None: it is well)."""
 
     def __init__(self, address: Address, tls: bool) -> None:
         self.address = address
@@ -1655,7 +1654,7 @@ class Member:
         self.idle: list[Wire] = []  # append and pop are atomic; the most recently used is taken first
         self.fault: str | None = None
         self.failed_at = -math.inf
-        self.watched = False  # a thread looks whether it is well
+        self.watched = False  # a thread checks on it until it is well
         self.headers = (
             f" HTTP/1.1\r\nHost: {address}\r\nContent-Type: application/json\r\n"
             # Without a leader a member says so at once, and certainly has not applied the call (etcd-io/etcd 10819).
@@ -1666,28 +1665,24 @@ class Member:
         return f"{'https' if self.tls else 'http'}://{self.address}"
 
 
-class Reply:
-    """What etcd3gw wants to see of an answer. It sees no other than 200: EtcdSession raises the others itself."""
+class Reply(NamedTuple):
+    """What etcd3gw looks at in an answer of 200; for any other, EtcdSession raises an error itself."""
 
-    status_code = 200
-    reason = "OK"
-
-    def __init__(self, text: str, payload: Any) -> None:
-        self.text = text
-        self._payload = payload
+    payload: Any
+    status_code: int = 200
 
     def json(self) -> Any:
-        return self._payload
+        return self.payload
 
 
 PAUSE_SECONDS = 0.1  # between two tries of one member that failed
-WATCH_SECONDS = 1.0  # between two looks at a sick member
+WATCH_SECONDS = 1.0  # between two checks of a sick member
 
 
 class EtcdSession:
     """The session under etcd3gw: kept connections to all members, and one that is well for each call.
 
-    The member in front serves until it fails. Then it is sick: it goes to the end, and is looked at in the background
+    The first member serves until it fails. Then it is sick: it becomes the last, and is checked in the background
     until it is well. While all are sick they are tried in turn. (requests, etcd3gw's own session, costs 2 ms of CPU
     a call and knows one endpoint.)
     """
@@ -1696,27 +1691,24 @@ class EtcdSession:
         self._config = config
         members = [Member(a, config.etcd_tls if a.tls is None else a.tls) for a in config.etcd_addr_list]
         random.shuffle(members)  # so that replicas that start together do not all begin with the same
-        # A frozen member shows by a timeout only, so a try has a share of the budget: all members fit in, one twice.
+        # Only a timeout gives a frozen member away, so a try gets a share of the time: enough for all, and one twice.
         self._share_seconds = config.etcd_timeout / (len(members) + 1)
-        self._mutex = threading.Lock()  # owns the order of members, and what each tells of its health
+        self._mutex = threading.Lock()  # owns the order of members and the fields about their health
         self._members = members
 
     def start(self) -> None:
-        """Looks at every member in the background, so that the log tells at once what is wrong."""
+        """Checks every member in the background, so that the log tells at once what is wrong."""
         for member in self._members:
             member.watched = True
             threading.Thread(target=self._watch, args=(member,), daemon=True).start()
 
     def post(self, url: str, *, json: Any, timeout: float | None, deadline: float) -> Reply:
-        """One try on one member. The host in etcd3gw's url means nothing here; a list is sent as JSON lines.
-
-        Raises Refused, Unavailable or OutcomeUnknown.
-        """
-        del timeout  # etcd3gw's: one for all calls
+        """One try on one member; a list is sent as JSON lines. The host in `url` and `timeout` are etcd3gw's, and
+        unused. Raises Refused, Unavailable or OutcomeUnknown."""
         return self._ask(self._pick(deadline), "/" + url.split("/", 3)[3], json, deadline)
 
     def _pick(self, deadline: float) -> Member:
-        """The first that is well; while none is, each in turn, with a pause before one is tried again."""
+        """The first that is well; while none is, each in turn, with a pause between two tries of one."""
         while True:
             for member in self._members:
                 if member.fault is None:
@@ -1741,14 +1733,14 @@ class EtcdSession:
         except Stale as fault:
             raise Stale(f"{member}: {fault}") from fault
         except (StorageError, ValueError) as fault:
-            # A try whose time was cut short by the caller's budget says nothing about the member.
+            # If the caller's deadline cut the try short, that says nothing about the member.
             if share_ends <= deadline or time.monotonic() < deadline:
-                self._is_sick(member, str(fault))
+                self._mark_sick(member, str(fault))
             kind = Unavailable if isinstance(fault, Unavailable) else OutcomeUnknown
             raise kind(f"{member}: {fault}") from fault
         if member.fault is not None:
-            self._is_well(member)
-        return Reply(text, answer)
+            self._mark_well(member)
+        return Reply(answer)
 
     def _exchange(self, member: Member, path: str, body: str, deadline: float) -> tuple[int, str]:
         """Status and body of the answer. Raises Stale for a kept connection that etcd has closed meanwhile."""
@@ -1775,7 +1767,7 @@ class EtcdSession:
             sock = socket.create_connection((member.address.host, member.address.port), left)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if member.tls:
-                # A context for each connection, since certificates are renewed while this daemon runs.
+                # A new context each time, since certificates are renewed while this daemon runs.
                 sock = self._config.tls_context().wrap_socket(sock, server_hostname=member.address.host)
             else:
                 sock.settimeout(None)
@@ -1783,7 +1775,7 @@ class EtcdSession:
             raise Unavailable(_reason(fault)) from fault
         return Wire(sock)
 
-    def _is_sick(self, member: Member, fault: str) -> None:
+    def _mark_sick(self, member: Member, fault: str) -> None:
         _close_all(member.idle)
         with self._mutex:
             before, member.fault, member.failed_at = member.fault, fault, time.monotonic()
@@ -1794,16 +1786,16 @@ class EtcdSession:
         if not watched:
             threading.Thread(target=self._watch, args=(member,), daemon=True).start()
 
-    def _is_well(self, member: Member) -> None:
+    def _mark_well(self, member: Member) -> None:
         with self._mutex:
             before, member.fault = member.fault, None
         if before is not None:
             event(INFO, "etcd member is well again", member=member)
 
     def _watch(self, member: Member) -> None:
-        """Looks at the member, off the path of any request, until it is well."""
+        """Checks the member until it is well, off the path of any request."""
         while True:
-            with contextlib.suppress(StorageError):  # what is wrong is noted by _ask
+            with contextlib.suppress(StorageError):  # _ask has noted it
                 self._ask(member, "/v3/kv/range", {"key": _key64("")}, time.monotonic() + self._share_seconds)
             with self._mutex:
                 if member.fault is None:
@@ -1814,7 +1806,7 @@ class EtcdSession:
 
 @functools.lru_cache(maxsize=256)  # the answers of one second are alike
 def parse_answer_head(data: bytes) -> tuple[int, Mapping[str, str]]:
-    """The status and the headers of an answer. Raises Malformed."""
+    """Status and headers. Raises Malformed."""
     line, *header_lines = data.decode("latin-1").split("\r\n")
     match = re.match(r"HTTP/1\.[01] ([0-9]{3})", line)
     if not match:
@@ -1823,13 +1815,13 @@ def parse_answer_head(data: bytes) -> tuple[int, Mapping[str, str]]:
 
 
 def _converse(member: Member, wire: Wire, request: bytes, deadline: float) -> tuple[int, str]:
-    """Sends the request, reads the answer, and keeps the connection if it is as good as new."""
+    """Sends the request, reads status and body of the answer, and keeps the connection if it is as good as new."""
     wire.send(request, deadline)
     status, headers = parse_answer_head(wire.head(deadline))
     text = wire.body(headers, MAX_ANSWER_BYTES, deadline).decode()
     if status == 200 and not wire.rest and "connection" not in headers:
         member.idle.append(wire)
-    else:  # after an error, or with something unread, a connection is not to be trusted
+    else:  # not to be trusted after an error, or with something unread
         wire.sock.close()
     return status, text
 
@@ -1837,8 +1829,8 @@ def _converse(member: Member, wire: Wire, request: bytes, deadline: float) -> tu
 _to_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
-# etcd stops reading the lines of a stream once it starts to answer, and the rest is lost. What its decoder reads first
-# is safe: 512 bytes; after 1,536 blanks it reads 2,048 at once (Go's json.Decoder doubles its buffer for them).
+# etcd stops reading the lines of a stream once it starts to answer, and the rest is lost. Only what its decoder reads
+# first is safe: 512 bytes, but 2,048 after 1,536 blanks, for which Go's json.Decoder doubles its buffer.
 # Measured under load, 600 calls each: 32 lines without the blanks, 832 of 19,200 answers missing; 64 and 76 with, none.
 _LINES_LEAD = 1536
 
@@ -1850,7 +1842,7 @@ def _to_lines(payload: Any) -> str:
 
 
 def _from_json(text: str) -> dict[str, Any]:
-    """The answer of a call. Raises StorageError, or ValueError for no JSON."""
+    """The answer to a call. Raises OutcomeUnknown, or ValueError if it is not JSON."""
     answer = json.loads(text)
     if not isinstance(answer, dict) or "header" not in answer:  # which etcd never leaves out
         raise OutcomeUnknown(f"not an answer of etcd: {quote(text)}")
@@ -1858,7 +1850,7 @@ def _from_json(text: str) -> dict[str, Any]:
 
 
 def _from_lines(text: str) -> list[dict[str, Any]]:
-    """The answers of a stream. Raises StorageError if none of them is a result, or ValueError for no JSON."""
+    """The answers of a stream. Raises StorageError if none is a result, or ValueError if they are not JSON."""
     answers: list[dict[str, Any]] = json.loads("[" + text.strip().replace("\n", ",") + "]")
     if not any(isinstance(answer, dict) and "result" in answer for answer in answers):
         raise classify(200, text.partition("\n")[0])
@@ -1875,11 +1867,9 @@ def _reason(fault: Exception) -> str:
     """One line about why a connection failed."""
     if isinstance(fault, ssl.SSLCertVerificationError):
         return f"TLS: its certificate is not accepted: {fault.verify_message}"
-    if isinstance(fault, ssl.SSLEOFError) or (
-        isinstance(fault, ssl.SSLError) and fault.reason == "WRONG_VERSION_NUMBER"
-    ):
-        return "TLS: it does not answer in TLS; is it http?"
     if isinstance(fault, ssl.SSLError):
+        if isinstance(fault, ssl.SSLEOFError) or fault.reason == "WRONG_VERSION_NUMBER":
+            return "TLS: it does not answer in TLS; is it http?"
         return f"TLS: {(fault.reason or str(fault)).lower().replace('_', ' ')}"
     if isinstance(fault, OSError) and fault.strerror:
         return fault.strerror.lower()
@@ -1887,7 +1877,7 @@ def _reason(fault: Exception) -> str:
 
 
 def open_storage(config: Config) -> Storage:
-    """The storage that is configured. Raises ConfigError."""
+    """The configured storage. Raises ConfigError."""
     if config.storage_type == "mock":
         return MemoryStorage()
     try:
