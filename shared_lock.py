@@ -1916,7 +1916,7 @@ class Metrics:
             self._lease[operation, status] += 1
 
     def count_grant(self, seconds: float) -> None:
-        """A lock was taken, in so many seconds, without those that its caller waited in line."""
+        """A lock was taken in so many seconds, not counting the wait in line."""
         with self._mutex:
             self._lease["get", "created"] += 1
             self._grants[bisect.bisect_left(_GRANT_BUCKETS, seconds)] += 1
@@ -1927,50 +1927,48 @@ class Metrics:
             self._cache[operation, status] += 1
 
     def render(self) -> str:
-        """All metrics, as /metrics shows them."""
         with self._mutex:
             lease, cache = dict(self._lease), dict(self._cache)
             grants, grant_seconds = list(itertools.accumulate(self._grants)), self._grant_seconds
-        grant = "shared_lock_lease_grant_duration_seconds"
-        buckets = [
-            (f'_bucket{{operation="get",le="{bound}"}}', count)
-            for bound, count in zip([*_GRANT_BUCKETS, "+Inf"], grants, strict=True)
-        ]
-        sums = [('_sum{operation="get"}', grant_seconds), ('_count{operation="get"}', grants[-1])]
+        bounds = zip([*_GRANT_BUCKETS, "+Inf"], grants, strict=True)
+        histogram: dict[str, float] = {f'_bucket{{operation="get",le="{bound}"}}': count for bound, count in bounds}
+        histogram |= {'_sum{operation="get"}': grant_seconds, '_count{operation="get"}': grants[-1]}
         return "".join(
             [
                 _family("shared_lock_lease_operations_total", "counter", "Operations on locks.", _by_result(lease)),
-                _family(grant, "histogram", "Time to take a free lock.", [*buckets, *sums]),
+                _family(
+                    "shared_lock_lease_grant_duration_seconds", "histogram", "Time to take a free lock.", histogram
+                ),
                 _family("shared_lock_cache_operations_total", "counter", "Uses of the cache.", _by_result(cache)),
                 *_process_families(),
             ]
         )
 
 
-def _by_result(counts: dict[tuple[str, str], int]) -> list[tuple[str, float]]:
-    return [(f'{{operation="{operation}",status="{status}"}}', count) for (operation, status), count in counts.items()]
+def _by_result(counts: dict[tuple[str, str], int]) -> dict[str, float]:
+    return {f'{{operation="{operation}",status="{status}"}}': count for (operation, status), count in counts.items()}
 
 
-def _family(name: str, kind: str, meaning: str, samples: Sequence[tuple[str, float]]) -> str:
-    """A metric in the text format; a sample is what follows the name, and its value."""
-    lines = [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}", *(f"{name}{rest} {value}" for rest, value in samples)]
-    return "\n".join(lines) + "\n"
+def _family(name: str, kind: str, meaning: str, samples: Mapping[str, float]) -> str:
+    """A metric in the text format; `samples` maps what follows the name to the value."""
+    lines = [f"# HELP {name} {meaning}\n# TYPE {name} {kind}\n"]
+    return "".join(lines + [f"{name}{rest} {value}\n" for rest, value in samples.items()])
 
 
 _STARTED_SECONDS = time.time()
 
 
 def _process_families() -> Iterator[str]:
-    """What Prometheus' client libraries tell of every process, as far as /proc has it."""
-    yield _family("process_start_time_seconds", "gauge", "Start, in seconds since 1970.", [("", _STARTED_SECONDS)])
+    """What Prometheus' client libraries tell about every process, where there is a /proc."""
+    yield _family("process_start_time_seconds", "gauge", "Start, in seconds since 1970.", {"": _STARTED_SECONDS})
     with contextlib.suppress(OSError):  # no /proc, or no descriptor left to read it with
         with open("/proc/self/statm") as statm:
             resident = int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        yield _family("process_resident_memory_bytes", "gauge", "Resident memory.", [("", resident)])
+        yield _family("process_resident_memory_bytes", "gauge", "Resident memory.", {"": resident})
         open_fds = len(os.listdir("/proc/self/fd"))
-        yield _family("process_open_fds", "gauge", "Open file descriptors.", [("", open_fds)])
+        yield _family("process_open_fds", "gauge", "Open file descriptors.", {"": open_fds})
     build = f'{{implementation="{platform.python_implementation()}",version="{platform.python_version()}"}}'
-    yield _family("python_info", "gauge", "The Python that runs this.", [(build, 1)])
+    yield _family("python_info", "gauge", "The Python that runs this.", {build: 1})
 
 
 # == Profiles: what `go tool pprof` opens ============================================================================
@@ -1978,7 +1976,7 @@ def _process_families() -> Iterator[str]:
 # Only for SHARED_LOCK_PPROF_ENABLED. Stacks are tuples of (function, file, line), innermost first.
 
 Stack = tuple[tuple[str, str, int], ...]
-_SAMPLES_A_SECOND = 100
+_SAMPLES_PER_SECOND = 100
 _HEAP_FRAMES = 12  # of each allocation that tracemalloc remembers
 
 
@@ -1994,10 +1992,10 @@ def profile_pages() -> dict[str, Callable[[Request], Response]]:
 
 
 def cpu_profile(request: Request) -> Response:
-    """CPU time by stack, over `seconds`: every thread's stack is sampled, and weighs what its thread used since.
+    """CPU time by stack, over `seconds`. A sample of a thread's stack weighs what the thread used since the last one.
 
-    The sampler needs the interpreter, too, so it sees a thread where that lets go of it, mostly in a system call: the
-    sums by caller are right (pprof's cum), the innermost function (flat) is not.
+    The sampler needs the interpreter, too, so it sees each thread where it lets go of that, mostly in a system call:
+    the sums by caller (pprof's cum) are right, the innermost function (flat) is not.
     """
     text = _query(request).get("seconds", "30")
     if not re.fullmatch("[0-9]{1,3}", text) or not 0 < int(text) <= 300:
@@ -2006,7 +2004,7 @@ def cpu_profile(request: Request) -> Response:
     before = _cpu_nanos()
     ends = time.monotonic() + int(text)
     while time.monotonic() < ends:
-        time.sleep(1 / _SAMPLES_A_SECOND)
+        time.sleep(1 / _SAMPLES_PER_SECOND)
         used, frames = _cpu_nanos(), sys._current_frames()
         for thread, nanos in used.items():
             if (since := nanos - before.get(thread, 0)) > 0 and thread.ident in frames:
@@ -2016,12 +2014,11 @@ def cpu_profile(request: Request) -> Response:
 
 
 def _cpu_nanos() -> dict[threading.Thread, int]:
-    """CPU time of each thread."""
     used = {}
     for thread in threading.enumerate():
         with contextlib.suppress(OSError):  # it has just ended
-            # Linux' clock of a thread by its kernel ID, made as glibc does; time.pthread_getcpuclockid() may crash
-            # on a thread that has ended.
+            # Linux' clock of a thread, from its kernel ID as glibc does it: time.pthread_getcpuclockid() may crash on
+            # a thread that has ended.
             used[thread] = time.clock_gettime_ns(~(thread.native_id or 0) << 3 | 6)
     return used
 
@@ -2041,7 +2038,7 @@ def heap_profile(request: Request) -> Response:
 
 @functools.cache
 def _functions(file: str) -> dict[int, str]:
-    """The function at each line of a source file, which tracemalloc does not know; empty where there is no source."""
+    """The function at each line of a source file, which tracemalloc does not tell; empty where there is no source."""
     by_line: dict[int, str] = {}
 
     def walk(code: types.CodeType) -> None:
@@ -2091,49 +2088,41 @@ def _pprof(kind: str, unit: str, samples: Mapping[Stack, int], seconds: int = 0)
         functions.setdefault(place[:2], len(functions) + 1)
         return locations.setdefault(place, len(locations) + 1)
 
-    out = [_message(1, _varint(1, string(kind)) + _varint(2, string(unit)))]
+    out = [_field(1, _field(1, string(kind)) + _field(2, string(unit)))]
     for stack, value in samples.items():
-        out.append(_message(2, b"".join(_varint(1, location(place)) for place in stack) + _varint(2, value)))
+        out.append(_field(2, b"".join(_field(1, location(place)) for place in stack) + _field(2, value)))
     for (function, file, line), number in locations.items():
-        place = _varint(1, functions[function, file]) + _varint(2, line)
-        out.append(_message(4, _varint(1, number) + _message(4, place)))
+        place = _field(1, functions[function, file]) + _field(2, line)
+        out.append(_field(4, _field(1, number) + _field(4, place)))
     for (function, file), number in functions.items():
-        out.append(_message(5, _varint(1, number) + _varint(2, string(function)) + _varint(4, string(file))))
-    out += [_message(6, text.encode()) for text in strings]
-    out += [_varint(9, time.time_ns()), _varint(10, seconds * 10**9)]
+        out.append(_field(5, _field(1, number) + _field(2, string(function)) + _field(4, string(file))))
+    out += [_field(6, text.encode()) for text in strings]
+    out += [_field(9, time.time_ns()), _field(10, seconds * 10**9)]
     return Response(200, gzip.compress(b"".join(out)), "application/octet-stream")
 
 
-def _varint(number: int, value: int) -> bytes:
-    """A field of protobuf whose value is a number."""
-    return _base128(number << 3) + _base128(value)
+def _field(number: int, value: int | bytes) -> bytes:
+    """A field of a protobuf message; bytes are text or another message."""
+    if isinstance(value, int):
+        return _varint(number << 3) + _varint(value)
+    return _varint(number << 3 | 2) + _varint(len(value)) + value
 
 
-def _message(number: int, content: bytes) -> bytes:
-    """A field of protobuf whose value is bytes: a message, or text."""
-    return _base128(number << 3 | 2) + _base128(len(content)) + content
-
-
-def _base128(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
+def _varint(value: int) -> bytes:
+    return bytes([value]) if value < 0x80 else bytes([value & 0x7F | 0x80]) + _varint(value >> 7)
 
 
 # == Life of the process: start, wait, stop ==========================================================================
 
 
 DEBUG, INFO, WARNING, ERROR = "debug", "info", "warning", "error"
-log_level = {DEBUG: False, INFO: True, WARNING: True, ERROR: True}  # what is written; serve() sets it
+log_level = {DEBUG: False, INFO: True, WARNING: True, ERROR: True}  # what is written; serve() sets DEBUG
 
 
 def event(level: str, name: str, **fields: object) -> None:
     """One line to stderr: time=2026-11-23T03:21:00.000Z level=info event=granted key=nightly lease=4711 …
 
-    Not by the logging module, which takes 5 µs more a line, and three times that among many threads.
+    Not with the logging module, which takes 5 µs longer for a line, and three times that among many threads.
     """
     if not log_level[level]:
         return
@@ -2145,15 +2134,15 @@ def event(level: str, name: str, **fields: object) -> None:
 
 
 def _plain(value: object) -> str:
-    """As it is where that is one plain word, else quoted."""
+    """One plain word as it is, anything else quoted."""
     text = str(value)
     return text if isinstance(value, int) or re.fullmatch(r"[\w.:/@,+\[\]-]+", text) else quote(text)
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Accepts connections and knows those that are open, so that it can stop without losing a request."""
+    """Accepts connections and knows which are open, so that it can stop without losing a request."""
 
-    daemon_threads = True  # neither True (cuts requests short) nor False (waits for idle clients) would do: see drain
+    daemon_threads = True  # block_on_close would wait for idle clients, too: drain() waits for the others only
     block_on_close = False
 
     def __init__(self, config: Config, api: Api) -> None:
@@ -2161,20 +2150,17 @@ class Server(http.server.ThreadingHTTPServer):
         self.config = config
         self.api = api
         self.draining = False
-        self._mutex = threading.Condition()  # owns the set below; told of each connection that closes
+        self._mutex = threading.Condition()  # owns the set below; notified of each connection that closes
         self._connections: set[Connection] = set()
         listener = listen(config.server_host, config.server_port)
         # TCPServer's own __init__ would make a socket for one family, and HTTPServer's look up our name in the DNS.
         socketserver.BaseServer.__init__(self, listener.getsockname(), Connection)
         self.socket = listener
 
-    def serve_forever(self, poll_interval: float = 0.1) -> None:
-        super().serve_forever(poll_interval)
-
     def get_request(self) -> tuple[socket.socket, Any]:
         try:
             return super().get_request()
-        except OSError as fault:  # most likely out of descriptors: without a pause the loop would spin
+        except OSError as fault:  # most likely out of descriptors; without a pause the loop would spin
             event(ERROR, "accept failed", reason=fault)
             time.sleep(0.1)
             raise
@@ -2193,8 +2179,8 @@ class Server(http.server.ThreadingHTTPServer):
             self._mutex.notify_all()
 
     def drain(self, timeout: float) -> None:
-        """Stops: accepts no more, closes idle connections, answers what is in flight, and after `timeout` seconds
-        cuts what is left. Locks stay with their holders."""
+        """Accepts no more, closes idle connections, answers what is in flight, and after `timeout` seconds cuts what
+        is left. Locks stay with their holders."""
         self.shutdown()
         self.socket.close()
         self.draining = True
@@ -2219,23 +2205,21 @@ def listen(host: str, port: int) -> socket.socket:
         except OSError as fault:
             if fault.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
                 raise
-    flags = socket.AI_PASSIVE
-    family, _, _, _, address = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM, flags=flags)[0]
+    family, _, _, _, address = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)[0]
     return socket.create_server(address, family=family, backlog=1024)
 
 
 def _where(fault: BaseException | None) -> str:
-    """File and line where an exception was raised."""
     frames = traceback.extract_tb(fault.__traceback__) if fault else []
     return f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else "?"
 
 
 def be_quick() -> None:
-    """Tells Python and Linux how this process is used: by many threads, each for some 20 µs at a time.
+    """Tells Python and Linux that many threads run here, each for some 20 µs at a time.
 
     Only one runs Python at any time, and handing the interpreter over to a thread on another CPU takes longer than
-    what it does then: on one CPU 150 connections get twice the refusals (12,600 and 25,600 requests/s on 2 cores) and
-    1.4 times the keepalives. Which CPU is left to chance, and the kernel moves others out of the way.
+    what that thread does then: on one CPU of 2, 150 connections get 25,600 refusals/s instead of 12,600, and 1.4 times
+    the keepalives. The CPU is chosen at random; the kernel moves other processes out of the way.
     """
     sys.setswitchinterval(0.02)  # seconds; among short bursts a forced switch only delays: +20 % requests/s
     if hasattr(os, "sched_setaffinity"):
@@ -2262,12 +2246,12 @@ def serve(config: Config) -> int:
 
     def on_signal(number: int, frame: object) -> None:
         if stop.is_set():
-            os._exit(128 + number)  # the second one: at once
+            os._exit(128 + number)  # the second one ends at once
         stop.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()  # seconds until shutdown() is seen
     host, port = server.socket.getsockname()[:2]
     event(INFO, "serving", address=Address(host, port), storage=config.storage_type)
     stop.wait()
