@@ -148,6 +148,11 @@ def quote(value: object) -> str:
     return json.dumps(text if len(text) <= 120 else text[:119] + "…", ensure_ascii=False)
 
 
+def deadline_after(timeout: float) -> float:
+    """When a timeout that begins now ends (time.monotonic); 0 is none."""
+    return time.monotonic() + timeout if timeout else math.inf
+
+
 _NUMBER = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)"
 _DURATION = re.compile(rf"([+-]?)((?:{_NUMBER}(?:ns|us|µs|μs|ms|s|m|h))+|{_NUMBER})")
 _DURATION_PART = re.compile(rf"({_NUMBER})([^0-9.]*)")
@@ -619,7 +624,7 @@ class Connection(socketserver.BaseRequestHandler):
         """Answers the next request; False when the connection is to be closed."""
         self._await_request()
         try:
-            request = self._read_request(_deadline(self.server.config.server_read_timeout))
+            request = self._read_request(deadline_after(self.server.config.server_read_timeout))
         except Malformed as fault:
             return self._refuse(fault.status, str(fault))
         except TimeoutError:
@@ -645,7 +650,7 @@ class Connection(socketserver.BaseRequestHandler):
             self.idle = True
             if self.server.draining:
                 raise EOFError("shutting down")
-            self.wire.receive(_deadline(self.server.config.server_idle_timeout))
+            self.wire.receive(deadline_after(self.server.config.server_idle_timeout))
         self.idle = False
         self.wire.rest = self.wire.rest.lstrip(b"\r\n")
 
@@ -672,17 +677,12 @@ class Connection(socketserver.BaseRequestHandler):
         return False
 
     def _send(self, data: bytes) -> None:
-        self.wire.send(data, _deadline(self.server.config.server_write_timeout))
+        self.wire.send(data, deadline_after(self.server.config.server_write_timeout))
 
     def _hung_up(self) -> bool:
         poll = select.poll()
         poll.register(self.request, select.POLLRDHUP)
         return bool(poll.poll(0))
-
-
-def _deadline(timeout: float) -> float:
-    """When a timeout that begins now ends (time.monotonic); 0 is none."""
-    return time.monotonic() + timeout if timeout else math.inf
 
 
 class Api:
@@ -1381,7 +1381,7 @@ class EtcdStorage:
     def acquire(self, key: str, value: str, ttl: int) -> Grant | Holder:
         """A read, so that a refusal writes nothing; then a lease of our own, and one transaction that puts the key
         with it if nobody else has."""
-        deadline = self._deadline()
+        deadline = deadline_after(self._timeout)
         if holder := self._read(self._holders.ask, key, deadline):
             return holder
         lease = new_lease_id()
@@ -1402,16 +1402,16 @@ class EtcdStorage:
         return holder
 
     def look(self, key: str) -> Holder | None:
-        return self._read(self._gateway.look, key, self._deadline())
+        return self._read(self._gateway.look, key, deadline_after(self._timeout))
 
     def describe(self, lease: int) -> LeaseInfo | None:
-        return self._read(self._gateway.time_to_live, lease, self._deadline())
+        return self._read(self._gateway.time_to_live, lease, deadline_after(self._timeout))
 
     def renew(self, lease: int) -> int:
-        return self._insist(self._renewals.ask, lease, self._deadline())
+        return self._insist(self._renewals.ask, lease, deadline_after(self._timeout))
 
     def release(self, lease: int) -> list[str] | None:
-        deadline = self._deadline()
+        deadline = deadline_after(self._timeout)
         info = self._read(self._gateway.time_to_live, lease, deadline)
         prefix = KEY_PREFIX.encode()
         if info is None or not all(key.startswith(prefix) for key in info.keys):  # of another tenant of this etcd
@@ -1420,10 +1420,9 @@ class EtcdStorage:
         return [key.removeprefix(prefix).decode("utf-8", "replace") for key in info.keys]
 
     def check(self) -> None:
-        self._read(self._holders.ask, "", self._deadline())  # the empty key: within our prefix, and never locked
-
-    def _deadline(self) -> float:
-        return time.monotonic() + self._timeout
+        self._read(
+            self._holders.ask, "", deadline_after(self._timeout)
+        )  # the empty key: within our prefix, and never locked
 
     def _read(self, ask: Callable[[Argument, float], Answer], argument: Argument, deadline: float) -> Answer:
         """As _insist, for what changes nothing, so that its outcome is never unknown."""
@@ -1463,7 +1462,7 @@ class EtcdStorage:
     def _end_lease_later(self, lease: int, ends: float) -> None:
         while time.monotonic() < ends:
             try:
-                self._insist(self._gateway.revoke, lease, self._deadline())
+                self._insist(self._gateway.revoke, lease, deadline_after(self._timeout))
                 break
             except StorageError:  # logged per member, not per try
                 time.sleep(1)
