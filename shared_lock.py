@@ -153,7 +153,7 @@ def deadline_after(timeout: float) -> float:
     return time.monotonic() + timeout if timeout else math.inf
 
 
-_NUMBER = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)"
+_NUMBER = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
 _DURATION = re.compile(rf"([+-]?)((?:{_NUMBER}(?:ns|us|µs|μs|ms|s|m|h))+|{_NUMBER})")
 _DURATION_PART = re.compile(rf"({_NUMBER})([^0-9.]*)")
 _UNITS = {"ns": "1e-9", "us": "1e-6", "µs": "1e-6", "μs": "1e-6", "ms": "1e-3", "s": "1", "m": "60", "h": "3600"}
@@ -162,8 +162,8 @@ _UNITS = {"ns": "1e-9", "us": "1e-6", "µs": "1e-6", "μs": "1e-6", "ms": "1e-3"
 @functools.lru_cache(maxsize=256)
 def parse_duration(text: str) -> Fraction:
     """The seconds in a Go duration ("1m30s", "1500ms") or a bare number of seconds, exactly. Raises ValueError."""
-    match = _DURATION.fullmatch(text)
-    if not match or len(text) > 100:
+    match = _DURATION.fullmatch(text) if len(text) <= 100 else None
+    if not match:
         raise ValueError(f"not a duration: {quote(text)}")
     parts = [Fraction(n) * Fraction(_UNITS[unit or "s"]) for n, unit in _DURATION_PART.findall(match[2])]
     return sum(parts, Fraction()) * (-1 if match[1] == "-" else 1)
@@ -430,10 +430,12 @@ class Wire:
         return body
 
     def _chunked(self, limit: int, deadline: float) -> bytes:
-        """A body in chunks. `rest` is read by index and cut once, since one answer of etcd may have 64 of them."""
+        """A body in chunks. `rest` is read by index and seldom cut, since one answer of etcd may have 64 of them."""
         parts: list[bytes] = []
         total = at = 0
         while True:
+            if at > _RECEIVE_BYTES:
+                self.rest, at = self.rest[at:], 0
             line, at = self._line(at, deadline)
             if not (size := _chunk_size(line)):
                 break
@@ -457,8 +459,8 @@ class Wire:
     def _line(self, at: int, deadline: float) -> tuple[bytes, int]:
         """The line that begins at this index of `rest`, and the index after it."""
         while (end := self.rest.find(b"\r\n", at)) < 0:
-            if len(self.rest) > at + 4096:
-                raise Malformed(400, "a line between chunks is longer than 4096 bytes")
+            if len(self.rest) > at + _RECEIVE_BYTES:
+                raise Malformed(400, f"a line between chunks is longer than {_RECEIVE_BYTES} bytes")
             self.receive(deadline)
         return self.rest[at:end], end + 2
 
@@ -645,12 +647,12 @@ class Connection(socketserver.BaseRequestHandler):
     def _await_request(self) -> None:
         """Waits for a request's first byte. Empty lines before it are skipped: RFC 9112, 2.2."""
         self.serving = None
+        deadline = deadline_after(self.server.config.server_idle_timeout)
         while not self.wire.rest.lstrip(b"\r\n"):
             self.wire.rest = b""
             self.idle = True
-            if self.server.draining:
-                raise EOFError("shutting down")
-            self.wire.receive(deadline_after(self.server.config.server_idle_timeout))
+            # When draining, a moment for a request that is on its way: the last answer promised to read it.
+            self.wire.receive(time.monotonic() + 0.05 if self.server.draining else deadline)
         self.idle = False
         self.wire.rest = self.wire.rest.lstrip(b"\r\n")
 
@@ -994,8 +996,9 @@ class LockService:
         except StorageError as fault:
             self._note_failure("release", "release failed", lease=lease, error=fault)
             raise
-        if self._cache:
-            self._cache.released(lease)
+        finally:
+            if self._cache:
+                self._cache.released(lease)
         if keys is None:
             self._metrics.count_lease("release", "failure")
             return False
@@ -1377,6 +1380,9 @@ class EtcdStorage:
         self._holders = Combiner(gateway.holders, lambda key: _part_of_call(len(key)))
         self._claims = Combiner(gateway.claim, lambda claim: _part_of_call(len(claim.key) + len(claim.value)))
         self._renewals = Combiner(gateway.keep_alive, lambda lease: 1 / MAX_KEEPALIVES)
+        self._mutex = threading.Lock()  # owns the two below
+        self._doomed: collections.deque[tuple[float, int]] = collections.deque(maxlen=10_000)  # when it ends, lease
+        self._ending = False  # a thread ends them
 
     def acquire(self, key: str, value: str, ttl: int) -> Grant | Holder:
         """A read, so that a refusal writes nothing; then a lease of our own, and one transaction that puts the key
@@ -1455,17 +1461,32 @@ class EtcdStorage:
             self._insist(self._gateway.revoke, lease, deadline)
             return True
         except StorageError:
-            ends = time.monotonic() + ttl
-            threading.Thread(target=self._end_lease_later, args=(lease, ends), daemon=True).start()
+            with self._mutex:
+                self._doomed.append((time.monotonic() + ttl, lease))
+                start, self._ending = not self._ending, True
+            if start:
+                threading.Thread(target=self._end_doomed, daemon=True).start()
             return False
 
-    def _end_lease_later(self, lease: int, ends: float) -> None:
-        while time.monotonic() < ends:
+    def _end_doomed(self) -> None:
+        """Ends the leases that could not be ended at once, one by one, so that a slow etcd is not made slower."""
+        pause = 1.0
+        while True:
+            with self._mutex:
+                if not self._doomed:
+                    self._ending = False
+                    return
+                ends, lease = self._doomed.popleft()
+            if time.monotonic() >= ends:
+                continue
             try:
                 self._insist(self._gateway.revoke, lease, deadline_after(self._timeout))
-                break
+                pause = 1.0
             except StorageError:  # logged per member, not per try
-                time.sleep(1)
+                with self._mutex:
+                    self._doomed.append((ends, lease))
+                time.sleep(pause)
+                pause = min(2 * pause, 5.0)
 
 
 # == Gateway: etcd's JSON gateway, in our words ======================================================================
@@ -1675,6 +1696,7 @@ class Reply(NamedTuple):
 
 
 PAUSE_SECONDS = 0.1  # between two tries of one member that failed
+MAX_IDLE = 256  # connections kept open to one member
 WATCH_SECONDS = 1.0  # between two checks of a sick member
 
 
@@ -1818,7 +1840,7 @@ def _converse(member: Member, wire: Wire, request: bytes, deadline: float) -> tu
     wire.send(request, deadline)
     status, headers = parse_answer_head(wire.head(deadline))
     text = wire.body(headers, MAX_ANSWER_BYTES, deadline).decode()
-    if status == 200 and not wire.rest and "connection" not in headers:
+    if status == 200 and not wire.rest and "connection" not in headers and len(member.idle) < MAX_IDLE:
         member.idle.append(wire)
     else:  # not to be trusted after an error, or with something unread
         wire.sock.close()
@@ -2128,8 +2150,30 @@ def event(level: str, name: str, **fields: object) -> None:
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
     words = [f"time={now[:-6]}Z level={level} event={_plain(name)}"]
     words += [f"{key}={_plain(value)}" for key, value in fields.items()]
-    with contextlib.suppress(OSError):  # a log that nobody reads any more does not stop the locks
-        os.write(2, (" ".join(words) + "\n").encode("utf-8", "backslashreplace"))
+    _stderr.write(" ".join(words))
+
+
+class Stderr:
+    """Writes whole lines, or none: a pipe that nobody reads any more must not stop the locks."""
+
+    def __init__(self) -> None:
+        self._mutex = threading.Lock()  # owns the fields below, and the room that poll saw in the pipe
+        self._poll = select.poll()
+        self._poll.register(2, select.POLLOUT)
+        self._lost = 0  # lines since the last one that was written
+
+    def write(self, line: str) -> None:
+        """Waits up to 100 ms for a slow reader; after that, lines are dropped and counted until it reads again."""
+        with self._mutex, contextlib.suppress(OSError):
+            if not self._poll.poll(0 if self._lost else 100):
+                self._lost += 1
+                return
+            lost, self._lost = f" lines_lost={self._lost}" if self._lost else "", 0
+            # A pipe with room takes 4,096 bytes without blocking (PIPE_BUF).
+            os.write(2, (line[:1000] + lost + "\n").encode("utf-8", "backslashreplace"))
+
+
+_stderr = Stderr()
 
 
 def _plain(value: object) -> str:
@@ -2181,6 +2225,10 @@ class Server(http.server.ThreadingHTTPServer):
         """Accepts no more, closes idle connections, answers what is in flight, and after `timeout` seconds cuts what
         is left. Locks stay with their holders."""
         self.shutdown()
+        self.socket.setblocking(False)
+        with contextlib.suppress(OSError):  # BlockingIOError: all that were let in have been accepted
+            while True:
+                self.process_request(*self.socket.accept())
         self.socket.close()
         self.draining = True
         self.api.service.dismiss_waiting()
@@ -2213,6 +2261,9 @@ def _where(fault: BaseException | None) -> str:
     return f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else "?"
 
 
+STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
+
+
 def be_quick() -> None:
     """Tells Python and Linux that many threads run here, each for some 20 µs at a time.
 
@@ -2221,12 +2272,15 @@ def be_quick() -> None:
     the keepalives. The CPU is chosen at random; the kernel moves other processes out of the way.
     """
     sys.setswitchinterval(0.02)  # seconds; among short bursts a forced switch only delays: +20 % requests/s
-    if hasattr(os, "sched_setaffinity"):
+    with contextlib.suppress(AttributeError, OSError):  # not Linux, or not allowed: slower, and no worse
         os.sched_setaffinity(0, {random.choice(sorted(os.sched_getaffinity(0)))})
 
 
 def serve(config: Config) -> int:
     """Runs the daemon until SIGTERM or SIGINT; returns the exit status. Raises ConfigError."""
+    # Blocked in all threads, and waited for by the main one. A handler may run late or never, when another thread got
+    # the signal; and PID 1 would not get one that comes during the start.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     log_level[DEBUG] = config.debug
     be_quick()
     metrics = Metrics()
@@ -2235,26 +2289,18 @@ def serve(config: Config) -> int:
     try:
         server = Server(config, Api(service, metrics, config.pprof_enabled))
     except (OSError, UnicodeError) as fault:
-        if not isinstance(fault, OSError) or fault.errno not in (errno.EADDRINUSE, errno.EACCES):
+        if isinstance(fault, UnicodeError | socket.gaierror) or fault.errno in (errno.EADDRNOTAVAIL, errno.EINVAL):
             host = quote(config.server_host)
             raise ConfigError(f"{variable('server_host')}: not an address of this machine: {host}") from fault
-        reason = os.strerror(fault.errno).lower()
+        reason = os.strerror(fault.errno or 0).lower()
         print(f"shared-lock: cannot listen on port {config.server_port}: {reason}", file=sys.stderr)
         return 1
-    stop = threading.Event()
-
-    def on_signal(number: int, frame: object) -> None:
-        if stop.is_set():
-            os._exit(128 + number)  # the second one ends at once
-        stop.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, on_signal)
     threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()  # seconds until shutdown() is seen
     host, port = server.socket.getsockname()[:2]
     event(INFO, "serving", address=Address(host, port), storage=config.storage_type)
-    stop.wait()
+    signal.sigwait(STOP_SIGNALS)
     event(INFO, "stopping")
+    threading.Thread(target=lambda: os._exit(128 + signal.sigwait(STOP_SIGNALS)), daemon=True).start()  # the second
     server.drain(config.server_shutdown_timeout)
     event(INFO, "stopped")
     return 0
@@ -2271,6 +2317,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(metavar="command", required=True)
     commands.add_parser("serve", help="serve until SIGTERM or SIGINT")
     parser.parse_args(arguments)
+    for descriptor in (0, 1, 2):  # one that is closed would become a socket, and get the log
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
     try:
         return serve(Config.from_env(os.environ))
     except ConfigError as fault:

@@ -14,6 +14,7 @@ import base64
 import collections
 import contextlib
 import dataclasses
+import errno
 import gzip
 import http.client
 import http.server
@@ -27,6 +28,7 @@ import random
 import re
 import resource
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -42,7 +44,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for_any
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, NamedTuple
+from typing import Any, BinaryIO, ClassVar, NamedTuple, cast
 
 import etcd3gw
 import pytest
@@ -3827,6 +3829,184 @@ def test_the_health_check_of_the_image_tells_a_daemon_from_none(on_memory: Daemo
 
     assert check(on_memory.port) == 0
     assert check(free_port()) == 1
+
+
+# == What an attack found, once ======================================================================================
+
+
+def test_a_duration_that_is_long_is_refused_without_delay() -> None:
+    refuse = (
+        "import shared_lock, sys\ntry: shared_lock.parse_duration('1' * 10**6 + 'x')\nexcept ValueError: sys.exit(7)"
+    )
+
+    ended = subprocess.run([PYTHON, "-c", refuse], cwd=HERE, timeout=60)  # it took days: the pattern backtracked
+
+    assert ended.returncode == 7
+
+
+def test_a_body_in_many_small_chunks_with_long_extensions_is_put_together(on_memory: Daemon, key: str) -> None:
+    chunks = "".join(f"1;{'x' * 1000}\r\n{character}\r\n" for character in json.dumps({"key": key}))
+    head = "POST /lease HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+    with on_memory.connect() as sock:
+        sock.sendall(f"{head}{chunks}0\r\n\r\nGET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+        answers = sock.makefile("rb").read()
+
+    assert answers.startswith(b"HTTP/1.1 201 ")
+    assert answers.endswith(b"ok\n")
+
+
+@pytest.mark.parametrize("round_", range(4))
+def test_sigterm_stops_it_while_connections_are_arriving(start: Callable[..., Daemon], round_: int) -> None:
+    daemon = start("mock")
+    open_: list[socket.socket] = []
+
+    for number in range(120):
+        with contextlib.suppress(OSError):  # it has stopped
+            open_.append(daemon.connect())
+            open_[-1].sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        if number == 60:
+            daemon.process.send_signal(signal.SIGTERM)
+    status = daemon.process.wait(20)
+    for sock in open_:
+        sock.close()
+
+    assert status == 0
+
+
+def test_a_connection_that_was_kept_alive_is_answered_once_more_when_it_stops(start: Callable[..., Daemon]) -> None:
+    daemon = start("mock")
+    broken: list[int] = []
+    busy = threading.Barrier(41)
+
+    def client() -> None:
+        with daemon.connect() as sock, sock.makefile("rb") as stream:
+            for number in itertools.count():
+                sock.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+                if not stream.peek(1):
+                    broken.append(number)
+                    return
+                lines = list(iter(stream.readline, b"\r\n"))
+                stream.read(3)
+                if b"Connection: close\r\n" in lines:
+                    return
+                if number == 20:
+                    busy.wait()
+
+    clients = [threading.Thread(target=client) for _ in range(40)]
+    for one in clients:
+        one.start()
+    busy.wait()
+    daemon.process.send_signal(signal.SIGTERM)
+    for one in clients:
+        one.join()
+
+    assert daemon.process.wait(20) == 0
+    assert broken == []
+
+
+def test_a_log_that_nobody_reads_stops_no_lock_and_no_shutdown(folder: Path) -> None:
+    port = free_port()
+    env = clean_env() | {"SHARED_LOCK_STORAGE_TYPE": "mock", "SHARED_LOCK_SERVER_PORT": str(port)}
+    process = subprocess.Popen([PYTHON, HERE / "shared_lock.py", "serve"], env=env, stderr=subprocess.PIPE)
+    assert process.stderr
+    assert b"event=serving" in process.stderr.readline()
+
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    statuses = collections.Counter[int]()
+    for number in range(1500):  # 150 KiB of log, and a pipe holds 64
+        connection.request("POST", "/lease", json.dumps({"key": f"unread-{number}"}))
+        answer = connection.getresponse()
+        answer.read()
+        statuses[answer.status] += 1
+    connection.close()
+    log = os.read(process.stderr.fileno(), 1 << 20)
+    process.send_signal(signal.SIGTERM)
+
+    assert statuses == {201: 1500}
+    assert process.wait(20) == 0
+    assert b"event=granted" in log
+    assert b"lines_lost=" in process.stderr.read()
+    process.stderr.close()
+
+
+def test_with_stderr_closed_the_log_goes_nowhere(folder: Path) -> None:
+    port = free_port()
+    env = clean_env() | {"SHARED_LOCK_STORAGE_TYPE": "mock", "SHARED_LOCK_SERVER_PORT": str(port)}
+    command = f"exec {shlex.quote(PYTHON)} {shlex.quote(str(HERE / 'shared_lock.py'))} serve 2>&-"
+    process = subprocess.Popen(["sh", "-c", command], env=env)
+
+    def serves() -> bool:
+        with contextlib.suppress(OSError):
+            socket.create_connection(("127.0.0.1", port)).close()
+            return True
+        return False
+
+    try:
+        eventually(serves)
+        assert os.readlink(f"/proc/{process.pid}/fd/2") == os.devnull
+    finally:
+        process.terminate()
+        assert process.wait(20) == 0
+
+
+def test_it_starts_where_it_may_not_choose_its_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(pid: int, cpus: set[int]) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    interval = sys.getswitchinterval()
+    monkeypatch.setattr(os, "sched_setaffinity", refuse)
+
+    shared_lock.be_quick()
+
+    assert sys.getswitchinterval() != interval
+    sys.setswitchinterval(interval)
+
+
+class FailingGateway:
+    """Grants, and then fails: the claim's outcome is unknown, and the lease cannot be revoked until `well`."""
+
+    def __init__(self) -> None:
+        self.well = False
+        self.granted: set[int] = set()
+        self.revoked: set[int] = set()
+
+    def holders(self, keys: list[str], deadline: float) -> list[None]:
+        return [None] * len(keys)
+
+    def grant(self, wish: tuple[int, int], deadline: float) -> int:
+        self.granted.add(wish[0])
+        return wish[1]
+
+    def claim(self, claims: list[shared_lock.Claim], deadline: float) -> list[shared_lock.Holder]:
+        time.sleep(max(0.0, deadline - time.monotonic()))
+        raise shared_lock.OutcomeUnknown("timed out")
+
+    def keep_alive(self, leases: list[int], deadline: float) -> list[int]:
+        return [0] * len(leases)
+
+    def revoke(self, lease: int, deadline: float) -> None:
+        if not self.well:
+            time.sleep(max(0.0, deadline - time.monotonic()))
+            raise shared_lock.Unavailable("timed out")
+        self.revoked.add(lease)
+
+
+def test_leases_that_cannot_be_ended_wait_in_one_thread_and_are_ended_when_etcd_is_well() -> None:
+    gateway = FailingGateway()
+    storage = shared_lock.EtcdStorage(cast(shared_lock.Gateway, gateway), timeout=0.02)
+    threads = threading.active_count()
+
+    for number in range(50):
+        with pytest.raises(shared_lock.OutcomeUnknown):
+            storage.acquire(f"k{number}", "", 3600)
+    more_threads = threading.active_count() - threads
+    gateway.well = True
+    eventually(lambda: gateway.revoked == gateway.granted, 30)
+
+    assert more_threads <= 1
+    assert len(gateway.revoked) == 50
+    eventually(lambda: threading.active_count() <= threads)
 
 
 # == Benchmark: how fast, beside one raw gateway call of the same kind ===============================================
