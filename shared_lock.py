@@ -190,7 +190,6 @@ def seconds_up_to(limit: int, zero: bool = True) -> Callable[[str], float]:
 
 
 def whole(low: int, high: int) -> Callable[[str], int]:
-    """A parser of whole numbers."""
 
     def parse(text: str) -> int:
         if not re.fullmatch("[0-9]{1,9}", text) or not low <= int(text) <= high:
@@ -1951,15 +1950,14 @@ class Metrics:
         with self._mutex:
             lease, cache = dict(self._lease), dict(self._cache)
             grants, grant_seconds = list(itertools.accumulate(self._grants)), self._grant_seconds
+        grant = "shared_lock_lease_grant_duration_seconds"
         bounds = zip([*_GRANT_BUCKETS, "+Inf"], grants, strict=True)
         histogram: dict[str, float] = {f'_bucket{{operation="get",le="{bound}"}}': count for bound, count in bounds}
         histogram |= {'_sum{operation="get"}': grant_seconds, '_count{operation="get"}': grants[-1]}
         return "".join(
             [
                 _family("shared_lock_lease_operations_total", "counter", "Operations on locks.", _by_result(lease)),
-                _family(
-                    "shared_lock_lease_grant_duration_seconds", "histogram", "Time to take a free lock.", histogram
-                ),
+                _family(grant, "histogram", "Time to take a free lock.", histogram),
                 _family("shared_lock_cache_operations_total", "counter", "Uses of the cache.", _by_result(cache)),
                 *_process_families(),
             ]
