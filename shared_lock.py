@@ -386,7 +386,7 @@ class Wire:
         while (end := self.rest.find(b"\r\n\r\n", start)) < 0:
             if len(self.rest) > 2 * MAX_HEAD_BYTES + 6:  # and three line ends
                 break
-            if b"\n\n" in self.rest:
+            if b"\n\n" in self.rest or b"\n\r\n" in self.rest:
                 raise Malformed(400, "a line ends in a line feed without a carriage return")
             start = max(0, len(self.rest) - 3)
             self.receive(deadline)
@@ -681,7 +681,9 @@ class Connection(socketserver.BaseRequestHandler):
         self.wire.send(data, deadline_after(self.server.config.server_write_timeout))
 
     def _hung_up(self) -> bool:
-        poll = select.poll()
+        poll = (
+            select.poll()
+        )  # a caller that ends only its own half counts as gone: there is no telling it from one that is
         poll.register(self.request, select.POLLRDHUP)
         return bool(poll.poll(0))
 
@@ -1786,11 +1788,10 @@ class EtcdSession:
             left = max(0.001, deadline - time.monotonic())
             sock = socket.create_connection((member.address.host, member.address.port), left)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.settimeout(max(0.001, deadline - time.monotonic()) if member.tls else None)
             if member.tls:
                 # A new context each time, since certificates are renewed while this daemon runs.
                 sock = self._config.tls_context().wrap_socket(sock, server_hostname=member.address.host)
-            else:
-                sock.settimeout(None)
         except (OSError, ValueError) as fault:
             raise Unavailable(_reason(fault)) from fault
         return Wire(sock)
@@ -2267,7 +2268,8 @@ def be_quick() -> None:
 
     Only one runs Python at any time, and handing the interpreter over to a thread on another CPU takes longer than
     what that thread does then: on one CPU of 2, 150 connections get 25,600 refusals/s instead of 12,600, and 1.4 times
-    the keepalives. The CPU is chosen at random; the kernel moves other processes out of the way.
+    the keepalives. The CPU is chosen at random; the kernel moves other processes out of the way, but two
+    daemons that chose the same CPU share it.
     """
     sys.setswitchinterval(0.02)  # seconds; among short bursts a forced switch only delays: +20 % requests/s
     with contextlib.suppress(AttributeError, OSError):  # not Linux, or not allowed: slower, and no worse
