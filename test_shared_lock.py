@@ -565,7 +565,8 @@ LENGTHS = [b"+2", b"-2", b"", b" ", b"0x2", b"2.0", b"2 2", b"2,2", b"2;", b"1_0
         (b"A: b\nC: d", "A: b"), (b"A: b\rC: d", "A: b"), (b"A: b\0c", "A: b"), (b"A: \x1b[31m", "A: "),
         (b"A: \x7f", "A: "), (b"A(b): c", "A(b): c"), (b"\xc3\xa4: c", "ä: c")
     ]),
-    (b"GET /health HTTP/1.1\nHost: x\n\n", "line"), (b"GET /health HTTP/1.1\r\nHost: x\n\n\r\n\r\n", ""),
+    (b"GET /health HTTP/1.1\nHost: x\n\n", "line"),
+    (b"GET /health HTTP/1.1\r\nHost: x\n\r\n", "line"), (b"GET /health HTTP/1.1\r\nHost: x\n\n\r\n\r\n", ""),
     *((line + b"\r\n\r\n", line.decode("latin-1")[:20]) for line in [
         b"GET /health", b"GET  /health HTTP/1.1", b"GET /he alth HTTP/1.1", b"GET /health HTTP/1.1 ",
         b" GET /health HTTP/1.1", b"GET /health http/1.1", b"GET /health HTTP/1.10", b"GET /health HTTP/1",
