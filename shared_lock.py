@@ -1427,9 +1427,8 @@ class EtcdStorage:
         return [key.removeprefix(prefix).decode("utf-8", "replace") for key in info.keys]
 
     def check(self) -> None:
-        self._read(
-            self._holders.ask, "", deadline_after(self._timeout)
-        )  # the empty key: within our prefix, and never locked
+        nobody_locks_this = ""  # and it is within our prefix
+        self._read(self._holders.ask, nobody_locks_this, deadline_after(self._timeout))
 
     def _read(self, ask: Callable[[Argument, float], Answer], argument: Argument, deadline: float) -> Answer:
         """As _insist, for what changes nothing, so that its outcome is never unknown."""
@@ -1744,7 +1743,10 @@ class EtcdSession:
             time.sleep(pause)
 
     def _ask(self, member: Member, path: str, payload: Any, deadline: float) -> Reply:
-        share_ends = time.monotonic() + self._share_seconds
+        now = time.monotonic()
+        if now >= deadline:
+            raise Unavailable("no time was left to ask etcd")
+        share_ends = now + self._share_seconds
         try:
             status, text = self._exchange(member, path, _to_lines(payload), min(share_ends, deadline))
             if status != 200:

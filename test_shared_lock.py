@@ -566,7 +566,7 @@ LENGTHS = [b"+2", b"-2", b"", b" ", b"0x2", b"2.0", b"2 2", b"2,2", b"2;", b"1_0
         (b"A: \x7f", "A: "), (b"A(b): c", "A(b): c"), (b"\xc3\xa4: c", "ä: c")
     ]),
     (b"GET /health HTTP/1.1\nHost: x\n\n", "line"),
-    (b"GET /health HTTP/1.1\r\nHost: x\n\r\n", "line"), (b"GET /health HTTP/1.1\r\nHost: x\n\n\r\n\r\n", ""),
+    (b"GET /health HTTP/1.1\r\nHost: x\n\r\n", ""), (b"GET /health HTTP/1.1\r\nHost: x\n\n\r\n\r\n", ""),
     *((line + b"\r\n\r\n", line.decode("latin-1")[:20]) for line in [
         b"GET /health", b"GET  /health HTTP/1.1", b"GET /he alth HTTP/1.1", b"GET /health HTTP/1.1 ",
         b" GET /health HTTP/1.1", b"GET /health http/1.1", b"GET /health HTTP/1.10", b"GET /health HTTP/1",
@@ -3875,35 +3875,35 @@ def test_sigterm_stops_it_while_connections_are_arriving(start: Callable[..., Da
     assert status == 0
 
 
-def test_a_connection_that_was_kept_alive_is_answered_once_more_when_it_stops(start: Callable[..., Daemon]) -> None:
-    daemon = start("mock")
-    broken: list[int] = []
-    busy = threading.Barrier(41)
+def test_a_request_that_came_on_a_kept_connection_is_answered_although_it_stops(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    metrics = shared_lock.Metrics()
+    api = shared_lock.Api(shared_lock.LockService(shared_lock.MemoryStorage(), metrics), metrics)
+    server = shared_lock.Server(shared_lock.Config(server_host="127.0.0.1", server_port=0), api)
+    request = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+    second_has_come = threading.Event()
+    send = shared_lock.Connection._send
 
-    def client() -> None:
-        with daemon.connect() as sock, sock.makefile("rb") as stream:
-            for number in itertools.count():
-                sock.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
-                if not stream.peek(1):
-                    broken.append(number)
-                    return
-                lines = list(iter(stream.readline, b"\r\n"))
-                stream.read(3)
-                if b"Connection: close\r\n" in lines:
-                    return
-                if number == 20:
-                    busy.wait()
+    def send_and_stop(self: shared_lock.Connection, data: bytes) -> None:
+        send(self, data)
+        second_has_come.wait(30)
+        server.draining = True  # after the answer has promised to keep the connection, before it is read again
 
-    clients = [threading.Thread(target=client) for _ in range(40)]
-    for one in clients:
-        one.start()
-    busy.wait()
-    daemon.process.send_signal(signal.SIGTERM)
-    for one in clients:
-        one.join()
+    monkeypatch.setattr(shared_lock.Connection, "_send", send_and_stop)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    with socket.create_connection(server.socket.getsockname()) as sock, sock.makefile("rb") as stream:
+        sock.sendall(request)
+        first = stream.peek(1)
+        sock.sendall(request)
+        second_has_come.set()
+        answers = stream.read()
+    server.shutdown()
+    server.socket.close()
 
-    assert daemon.process.wait(20) == 0
-    assert broken == []
+    assert first
+    assert answers.count(b"HTTP/1.1 200 OK") == 2
+    assert answers.count(b"Connection: close") == 1
 
 
 def test_a_log_that_nobody_reads_stops_no_lock_and_no_shutdown(folder: Path) -> None:
