@@ -1745,7 +1745,7 @@ class EtcdSession:
     def _ask(self, member: Member, path: str, payload: Any, deadline: float) -> Reply:
         now = time.monotonic()
         if now >= deadline:
-            raise Unavailable("no time was left to ask etcd")
+            raise Unavailable(f"{member}: no time was left to ask it")
         share_ends = now + self._share_seconds
         try:
             status, text = self._exchange(member, path, _to_lines(payload), min(share_ends, deadline))
