@@ -1383,26 +1383,36 @@ class EtcdStorage:
         self._ending = False  # a thread ends them
 
     def acquire(self, key: str, value: str, ttl: int) -> Grant | Holder:
-        """A read, so that a refusal writes nothing; then a lease of our own, and one transaction that puts the key
-        with it if nobody else has."""
+        """A read, so that a refusal writes nothing; then a lease of our own and, on its heels, one transaction that
+        puts the key with it if nobody else has."""
         deadline = deadline_after(self._timeout)
         if holder := self._read(self._holders.ask, key, deadline):
             return holder
-        lease = new_lease_id()
+        claim = Claim(key, value, ttl)
         try:
-            granted = self._insist(self._gateway.grant, (lease, ttl), deadline)
-        except OutcomeUnknown as fault:  # at worst there is a lease without a key
-            self._end_lease(lease, ttl, deadline)
-            raise Unavailable(str(fault)) from fault
-        try:
-            holder = self._insist(self._claims.ask, Claim(key, value, lease), deadline)
+            holder = self._insist(self._claim, claim, deadline)
         except StorageError as fault:
-            if self._end_lease(lease, granted, deadline):
-                raise Unavailable(str(fault)) from fault  # not unknown: without its lease there is no lock
+            # Without its lease there is no lock; but a lease that we never saw granted may yet be.
+            if self._end_lease(claim, deadline) and claim.granted:
+                raise Unavailable(str(fault)) from fault
             raise
-        if holder.lease == lease:
-            return Grant(lease, granted, holder.token)
-        self._end_lease(lease, granted, deadline)
+        if holder.lease == claim.lease:
+            return Grant(claim.lease, claim.granted, holder.token)
+        self._end_lease(claim, deadline)
+        return holder
+
+    def _claim(self, claim: Claim, deadline: float) -> Holder:
+        """One try to make this claim: who holds the key then."""
+        if not claim.granted:
+            self._gateway.send_grant(claim, deadline)
+        try:
+            holder = self._claims.ask(claim, deadline)
+        except StorageError:
+            with claim.mutex:
+                if claim.grant:
+                    claim.grant.close()
+            raise
+        self._gateway.await_grant(claim, deadline)
         return holder
 
     def look(self, key: str) -> Holder | None:
@@ -1451,15 +1461,15 @@ class EtcdStorage:
                 if time.monotonic() >= deadline:
                     raise unknown or fault from fault
 
-    def _end_lease(self, lease: int, ttl: int, deadline: float) -> bool:
+    def _end_lease(self, claim: Claim, deadline: float) -> bool:
         """Cleans up after an acquire that failed: True if the lease is gone. Otherwise, more tries follow in the
         background until it has ended by itself."""
         try:
-            self._insist(self._gateway.revoke, lease, deadline)
+            self._insist(self._gateway.revoke, claim.lease, deadline)
             return True
         except StorageError:
             with self._mutex:
-                self._doomed.append((time.monotonic() + ttl, lease))
+                self._doomed.append((time.monotonic() + max(claim.ttl, claim.granted), claim.lease))
                 start, self._ending = not self._ending, True
             if start:
                 threading.Thread(target=self._end_doomed, daemon=True).start()
@@ -1492,12 +1502,21 @@ class EtcdStorage:
 # fields that it does not know: a typo in a compare would compare something else.
 
 
-class Claim(NamedTuple):
-    """What an acquire asks for: to put the key and value with a lease that was granted before."""
+class Claim:
+    """What an acquire asks for: a lease with an ID of ours, and the key put with it.
 
-    key: str
-    value: str
-    lease: int
+    The lease is asked for first, and whoever needs the answer reads it: the thread that acquires, or another one whose
+    call carries this claim.
+    """
+
+    def __init__(self, key: str, value: str, ttl: int) -> None:
+        self.key = key
+        self.value = value
+        self.ttl = ttl
+        self.lease = new_lease_id()
+        self.granted = 0  # seconds; 0 until etcd's answer is read
+        self.mutex = threading.Lock()  # owns the field below
+        self.grant: Call | None = None  # the request for the lease, while its answer is not read
 
 
 MAX_OPERATIONS = 64  # in one transaction; etcd allows 128, nested ones counted in
@@ -1532,26 +1551,57 @@ class Gateway:
     def look(self, key: str, deadline: float) -> Holder | None:
         return _holder(self._post("/kv/range", {"key": _key64(key)}, deadline))
 
-    def grant(self, wish: tuple[int, int], deadline: float) -> int:
-        """Makes a lease with this (ID, ttl) and returns the ttl that was granted. It may be repeated."""
-        lease, ttl = wish
-        try:
-            return int(self._post("/lease/grant", {"ID": lease, "TTL": ttl}, deadline)["TTL"])
-        except Refused as fault:
-            if "lease already exists" not in str(fault):
-                raise
-        # An earlier try was applied, since the ID is random and ours. Its answer is lost, so we ask for the ttl.
-        info = self.time_to_live(lease, deadline)
-        if info is None:
-            raise Refused("the lease ended before it was used")
-        return info.granted
+    def send_grant(self, claim: Claim, deadline: float) -> None:
+        """Asks for the claim's lease, and does not wait for the answer. It may be repeated."""
+        payload = {"ID": claim.lease, "TTL": claim.ttl}
+        claim.grant = self._client.post(self._url("/lease/grant"), json=payload, deadline=deadline, later=True)
+
+    def await_grant(self, claim: Claim, deadline: float) -> None:
+        """Reads the answer to send_grant, unless another thread has."""
+        with claim.mutex:
+            if not claim.grant:
+                return
+            grant, claim.grant = claim.grant, None
+            try:
+                claim.granted = int(grant.answer(deadline)["TTL"])
+                return
+            except Refused as fault:
+                if "lease already exists" not in str(fault):
+                    raise
+            # An earlier try was applied, since the ID is random and ours. Its answer is lost, so we ask for the ttl.
+            info = self.time_to_live(claim.lease, deadline)
+            if info is None:
+                raise Refused("the lease ended before it was used")
+            claim.granted = info.granted
 
     def claim(self, claims: list[Claim], deadline: float) -> list[Holder | StorageError]:
         """Puts each key that nobody holds, and tells who holds it then. It may be repeated: whoever finds its own
-        lease there has the key. etcd refuses to put a key twice in one transaction, so of two claims for one key only
-        the first is sent, and the second gets its answer.
+        lease there has the key.
 
-        Who holds a key that was not put is read afterwards: as a branch of the transaction it cost every acquire 8 %.
+        A lone claim is sent on the heels of the request for its lease, which makes an acquire 15 % faster although 3 of
+        10 overtake it and have to be sent again. Of several, one that did so would spoil the call for all.
+        """
+        if len(claims) == 1:
+            try:
+                return [self._put(claims, deadline)[claims[0].key]]
+            except Refused as fault:
+                if fault.code != GRPC_NOT_FOUND or not claims[0].grant:
+                    raise
+        faults: dict[int, StorageError] = {}
+        for claim in claims:
+            try:
+                self.await_grant(claim, deadline)
+            except StorageError as fault:
+                faults[claim.lease] = fault
+        leased = [claim for claim in claims if claim.lease not in faults]
+        outcomes = self._put(leased, deadline) if leased else {}
+        return [faults.get(claim.lease) or outcomes[claim.key] for claim in claims]
+
+    def _put(self, claims: list[Claim], deadline: float) -> dict[str, Holder | StorageError]:
+        """Puts each key that nobody holds, with a lease that exists, and tells by key who holds it then.
+
+        etcd refuses to put a key twice in one transaction, so of two claims for one key only the first is sent. Who
+        holds a key that was not put is read afterwards: as a branch of the transaction it cost every acquire 8 %.
         """
         distinct = {claim.key: claim for claim in reversed(claims)}
         txns = [_claim_txn(claim) for claim in distinct.values()]
@@ -1574,7 +1624,7 @@ class Gateway:
                 outcomes |= {key: holder or Unavailable("released in this very moment") for key, holder in found}
             except StorageError as fault:  # among the lost may be one that an earlier try has won
                 outcomes |= dict.fromkeys(lost, OutcomeUnknown(str(fault)))
-        return [outcomes[claim.key] for claim in claims]
+        return outcomes
 
     def keep_alive(self, leases: list[int], deadline: float) -> list[int | StorageError]:
         """The renewed ttl of each lease, 0 where it is gone. Answers are matched by ID, since some may be missing."""
@@ -1683,7 +1733,7 @@ class Member:
 
 
 class Reply(NamedTuple):
-    """What etcd3gw looks at in an answer of 200; for any other, EtcdSession raises an error itself."""
+    """What etcd3gw looks at in an answer of 200; for any other, Call raises an error itself."""
 
     payload: Any
     status_code: int = 200
@@ -1710,7 +1760,7 @@ class EtcdSession:
         members = [Member(a, config.etcd_tls if a.tls is None else a.tls) for a in config.etcd_addr_list]
         random.shuffle(members)  # so that replicas that start together do not all begin with the same
         # Only a timeout gives a frozen member away, so a try gets a share of the time: enough for all, and one twice.
-        self._share_seconds = config.etcd_timeout / (len(members) + 1)
+        self.share_seconds = config.etcd_timeout / (len(members) + 1)
         self._mutex = threading.Lock()  # owns the order of members and the fields about their health
         self._members = members
 
@@ -1720,10 +1770,12 @@ class EtcdSession:
             member.watched = True
             threading.Thread(target=self._watch, args=(member,), daemon=True).start()
 
-    def post(self, url: str, *, json: Any, timeout: float | None, deadline: float) -> Reply:
+    def post(self, url: str, *, json: Any, timeout: float | None, deadline: float, later: bool = False) -> Reply:
         """One try on one member; a list is sent as JSON lines. The host in `url` and `timeout` are etcd3gw's, and
-        unused. Raises Refused, Unavailable or OutcomeUnknown."""
-        return self._ask(self._pick(deadline), "/" + url.split("/", 3)[3], json, deadline)
+        unused. With `later`, replies as soon as the request is sent, with the Call that has the answer. Raises
+        Refused, Unavailable or OutcomeUnknown."""
+        call = Call(self, self._pick(deadline), "/" + url.split("/", 3)[3], json, deadline)
+        return Reply(call if later else call.answer(deadline))
 
     def _pick(self, deadline: float) -> Member:
         """The first that is well; while none is, each in turn, with a pause between two tries of one."""
@@ -1739,48 +1791,12 @@ class EtcdSession:
                 return member
             time.sleep(pause)
 
-    def _ask(self, member: Member, path: str, payload: Any, deadline: float) -> Reply:
-        now = time.monotonic()
-        if now >= deadline:
-            raise Unavailable(f"{member}: no time was left to ask it")
-        share_ends = now + self._share_seconds
+    def wire_to(self, member: Member, deadline: float) -> tuple[Wire, bool]:
+        """A connection, and whether it is a kept one, which may have been closed meanwhile. Raises Unavailable."""
         try:
-            status, text = self._exchange(member, path, _to_lines(payload), min(share_ends, deadline))
-            if status != 200:
-                raise classify(status, text)
-            answer = _from_lines(text) if isinstance(payload, list) else _from_json(text)
-        except Refused as fault:  # it is well enough to say no
-            raise Refused(f"{member}: {fault}", fault.code) from fault
-        except Stale as fault:
-            raise Stale(f"{member}: {fault}") from fault
-        except (StorageError, ValueError) as fault:
-            # If the caller's deadline cut the try short, that says nothing about the member.
-            if share_ends <= deadline or time.monotonic() < deadline:
-                self._mark_sick(member, str(fault))
-            kind = Unavailable if isinstance(fault, Unavailable) else OutcomeUnknown
-            raise kind(f"{member}: {fault}") from fault
-        if member.fault is not None:
-            self._mark_well(member)
-        return Reply(answer)
-
-    def _exchange(self, member: Member, path: str, body: str, deadline: float) -> tuple[int, str]:
-        """Status and body of the answer. Raises Stale for a kept connection that etcd has closed meanwhile."""
-        request = b"POST %b%b%d\r\n\r\n%b" % (path.encode(), member.headers, len(body), body.encode())
-        try:
-            wire, kept = member.idle.pop(), True
+            return member.idle.pop(), True
         except IndexError:
-            wire, kept = self._connect(member, deadline), False
-        try:
-            return _converse(member, wire, request, deadline)
-        except (OSError, EOFError, Malformed, ValueError) as fault:
-            wire.sock.close()
-            if kept and not wire.rest and isinstance(fault, (ConnectionError, EOFError, ssl.SSLError)):
-                _close_all(member.idle)  # they are of the same age
-                raise Stale(_reason(fault)) from fault
-            if not kept and isinstance(fault, ssl.SSLError):
-                raise Unavailable(_reason(fault)) from fault  # TLS 1.3 refuses a client after the handshake
-            hint = "; is it https?" if not kept and not member.tls and isinstance(fault, EOFError) else ""
-            raise OutcomeUnknown(_reason(fault) + hint) from fault
+            return self._connect(member, deadline), False
 
     def _connect(self, member: Member, deadline: float) -> Wire:
         try:
@@ -1795,7 +1811,7 @@ class EtcdSession:
             raise Unavailable(_reason(fault)) from fault
         return Wire(sock)
 
-    def _mark_sick(self, member: Member, fault: str) -> None:
+    def mark_sick(self, member: Member, fault: str) -> None:
         _close_all(member.idle)
         with self._mutex:
             before, member.fault, member.failed_at = member.fault, fault, time.monotonic()
@@ -1806,7 +1822,7 @@ class EtcdSession:
         if not watched:
             threading.Thread(target=self._watch, args=(member,), daemon=True).start()
 
-    def _mark_well(self, member: Member) -> None:
+    def mark_well(self, member: Member) -> None:
         with self._mutex:
             before, member.fault = member.fault, None
         if before is not None:
@@ -1815,13 +1831,97 @@ class EtcdSession:
     def _watch(self, member: Member) -> None:
         """Checks the member until it is well, off the path of any request."""
         while True:
-            with contextlib.suppress(StorageError):  # _ask has noted it
-                self._ask(member, "/v3/kv/range", {"key": _key64("")}, time.monotonic() + self._share_seconds)
+            deadline = time.monotonic() + self.share_seconds
+            with contextlib.suppress(StorageError):  # the call has noted it
+                Call(self, member, "/v3/kv/range", {"key": _key64("")}, deadline).answer(deadline)
             with self._mutex:
                 if member.fault is None:
                     member.watched = False
                     return
             time.sleep(WATCH_SECONDS)
+
+
+class Call:
+    """One request to one member: sent when this is made, and answered later, maybe to another thread."""
+
+    def __init__(self, session: EtcdSession, member: Member, path: str, payload: Any, deadline: float) -> None:
+        """Sends the request. Raises Unavailable or OutcomeUnknown."""
+        now = time.monotonic()
+        if now >= deadline:
+            raise Unavailable(f"{member}: no time was left to ask it")
+        self._session = session
+        self._member = member
+        self._share_ends = now + session.share_seconds
+        self._deadline = deadline
+        self._wire: Wire | None = None  # while the answer is not read
+        self._kept = False
+        self._parse: Callable[[str], Any] = _from_lines if isinstance(payload, list) else _from_json
+        body = _to_lines(payload).encode()
+        request = b"POST %b%b%d\r\n\r\n%b" % (path.encode(), member.headers, len(body), body)
+        try:
+            self._wire, self._kept = session.wire_to(member, self._ends())
+            self._wire.send(request, self._ends())
+        except (StorageError, OSError) as fault:
+            raise self._failed(fault) from fault
+
+    def answer(self, deadline: float) -> Any:
+        """The answer to the request, by this deadline or the call's own. To be asked for once. Raises StorageError."""
+        self._deadline = min(self._deadline, deadline)
+        try:
+            status, text = self._receive()
+            if status != 200:
+                raise classify(status, text)
+            answer = self._parse(text)
+        except (StorageError, OSError, EOFError, Malformed, ValueError) as fault:
+            raise self._failed(fault) from fault
+        if self._member.fault is not None:
+            self._session.mark_well(self._member)
+        return answer
+
+    def close(self) -> None:
+        """Gives the answer up."""
+        if self._wire:
+            self._wire.sock.close()
+
+    def _ends(self) -> float:
+        return min(self._share_ends, self._deadline)
+
+    def _receive(self) -> tuple[int, str]:
+        """Reads status and body of the answer, and keeps the connection if it is as good as new."""
+        wire, ends = cast(Wire, self._wire), self._ends()
+        status, headers = parse_answer_head(wire.head(ends))
+        text = wire.body(headers, MAX_ANSWER_BYTES, ends).decode()
+        self._wire = None
+        if status == 200 and not wire.rest and "connection" not in headers and len(self._member.idle) < MAX_IDLE:
+            self._member.idle.append(wire)
+        else:  # not to be trusted after an error, or with something unread
+            wire.sock.close()
+        return status, text
+
+    def _failed(self, fault: Exception) -> StorageError:
+        """What the caller is to know, with the member's name; the session is told if the member is sick."""
+        if not isinstance(fault, StorageError):
+            fault = self._broken(fault)
+        if isinstance(fault, Refused):  # it is well enough to say no
+            return Refused(f"{self._member}: {fault}", fault.code)
+        # If a deadline of ours cut the try short, that says nothing about the member; nor does a stale connection.
+        cut_short = self._deadline < self._share_ends and time.monotonic() >= self._deadline
+        if not cut_short and not isinstance(fault, Stale):
+            self._session.mark_sick(self._member, str(fault))
+        return type(fault)(f"{self._member}: {fault}")
+
+    def _broken(self, fault: Exception) -> StorageError:
+        """What it means for the request that its connection failed, or that the answer makes no sense."""
+        if not self._wire:
+            return OutcomeUnknown(_reason(fault))
+        self._wire.sock.close()
+        if self._kept and not self._wire.rest and isinstance(fault, (ConnectionError, EOFError, ssl.SSLError)):
+            _close_all(self._member.idle)  # they are of the same age
+            return Stale(_reason(fault))
+        if not self._kept and isinstance(fault, ssl.SSLError):
+            return Unavailable(_reason(fault))  # TLS 1.3 refuses a client after the handshake
+        hint = "; is it https?" if not self._kept and not self._member.tls and isinstance(fault, EOFError) else ""
+        return OutcomeUnknown(_reason(fault) + hint)
 
 
 @functools.lru_cache(maxsize=256)  # the answers of one second are alike
@@ -1834,31 +1934,22 @@ def parse_answer_head(data: bytes) -> tuple[int, Mapping[str, str]]:
     return int(match[1]), parse_headers(header_lines)
 
 
-def _converse(member: Member, wire: Wire, request: bytes, deadline: float) -> tuple[int, str]:
-    """Sends the request, reads status and body of the answer, and keeps the connection if it is as good as new."""
-    wire.send(request, deadline)
-    status, headers = parse_answer_head(wire.head(deadline))
-    text = wire.body(headers, MAX_ANSWER_BYTES, deadline).decode()
-    if status == 200 and not wire.rest and "connection" not in headers and len(member.idle) < MAX_IDLE:
-        member.idle.append(wire)
-    else:  # not to be trusted after an error, or with something unread
-        wire.sock.close()
-    return status, text
-
-
 _to_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
 # etcd stops reading the lines of a stream once it starts to answer, and the rest is lost. Only what its decoder reads
 # first is safe: 512 bytes, but 2,048 after 1,536 blanks, for which Go's json.Decoder doubles its buffer.
-# Measured under load, 600 calls each: 32 lines without the blanks, 832 of 19,200 answers missing; 64 and 76 with, none.
-_LINES_LEAD = 1536
+# Measured under load: 32 lines without the blanks, 832 of 19,200 answers missing, 18 lines, none of 86,400; with them
+# 64 and 76 lines, none in 600 calls each. A lone line without them is answered 6 % sooner.
+_SAFE_BYTES = 512
+_LINES_LEAD = " " * 1536
 
 
 def _to_lines(payload: Any) -> str:
     if not isinstance(payload, list):
         return _to_json(payload)
-    return " " * _LINES_LEAD + "".join(map(_to_json, payload))
+    lines = "".join(map(_to_json, payload))
+    return lines if len(lines) < _SAFE_BYTES else _LINES_LEAD + lines
 
 
 def _from_json(text: str) -> dict[str, Any]:

@@ -2348,21 +2348,34 @@ def test_in_memory_leases_are_random_and_tokens_grow() -> None:
 # == Gateway =========================================================================================================
 
 
+def gateway_to(url: str) -> shared_lock.Gateway:
+    """A gateway in this process, as open_storage builds it."""
+    session: Any = shared_lock.EtcdSession(shared_lock.Config.from_env({"SHARED_LOCK_ETCD_ADDR_LIST": url}))
+    return shared_lock.Gateway(etcd3gw.Etcd3Client(session=session, api_path="/v3/"))
+
+
 @pytest.fixture
 def gateway(etcd: Etcd) -> shared_lock.Gateway:
-    """A gateway in this process, as open_storage builds it."""
-    session: Any = shared_lock.EtcdSession(shared_lock.Config.from_env({"SHARED_LOCK_ETCD_ADDR_LIST": etcd.url}))
-    return shared_lock.Gateway(etcd3gw.Etcd3Client(session=session, api_path="/v3/"))
+    return gateway_to(etcd.url)
 
 
 def soon() -> float:
     return time.monotonic() + 10
 
 
+def claim_of(gateway: shared_lock.Gateway, key: str, value: str = "") -> shared_lock.Claim:
+    """A claim whose lease has been asked for."""
+    claim = shared_lock.Claim(key, value, 60)
+    gateway.send_grant(claim, soon())
+    return claim
+
+
 def granted(gateway: shared_lock.Gateway, count: int) -> list[int]:
-    leases = [shared_lock.new_lease_id() for _ in range(count)]
-    assert [gateway.grant((lease, 60), soon()) for lease in leases] == [60] * count
-    return leases
+    claims = [claim_of(gateway, "") for _ in range(count)]
+    for claim in claims:
+        gateway.await_grant(claim, soon())
+    assert [claim.granted for claim in claims] == [60] * count
+    return [claim.lease for claim in claims]
 
 
 class FakeClient:
@@ -2401,27 +2414,28 @@ def test_a_keepalive_whose_answer_is_missing_is_repeated() -> None:
     assert client.asked == [[7], [7], [7]]
 
 
-def test_sixty_four_keepalives_in_one_call_are_all_answered(gateway: shared_lock.Gateway) -> None:
-    leases = granted(gateway, 63)
+@pytest.mark.parametrize("count", [1, 19, 20, 64])  # 19 are sent as they are, more after blanks
+def test_keepalives_in_one_call_are_all_answered(gateway: shared_lock.Gateway, count: int) -> None:
+    leases = granted(gateway, count - 1)
     unknown = shared_lock.new_lease_id()
 
     for _ in range(20):
-        assert gateway.keep_alive([*leases, unknown], soon()) == [60] * 63 + [0]
+        assert gateway.keep_alive([*leases, unknown], soon()) == [60] * (count - 1) + [0]
 
 
 def test_of_two_claims_of_one_key_in_one_call_the_first_wins(
     gateway: shared_lock.Gateway, etcd: Etcd, key: str
 ) -> None:
-    a, b, c, d = granted(gateway, 4)
     names = [key, key + " another", key, key + " held"]
-    held = gateway.claim([shared_lock.Claim(names[3], "", d)], soon())
-    claims = [shared_lock.Claim(name, "v", lease) for name, lease in zip(names, (a, b, c, c), strict=True)]
+    held = gateway.claim([claim_of(gateway, names[3])], soon())
+    claims = [claim_of(gateway, name, "v") for name in names]
+    leases = [claim.lease for claim in claims]
 
     holders: list[Any] = list(gateway.claim(claims, soon()))
 
-    assert [holder.lease for holder in holders] == [a, b, a, d]
+    assert [holder.lease for holder in holders[:3]] == [leases[0], leases[1], leases[0]]
     assert holders[3] == held[0]
-    assert etcd.key(key) == {"create_revision": holders[0].token, "lease": a, "value": b"v"}
+    assert etcd.key(key) == {"create_revision": holders[0].token, "lease": leases[0], "value": b"v"}
     assert gateway.claim(claims, soon()) == holders  # a repetition finds its own lease
     assert gateway.holders([key, key + " free", key], soon()) == [holders[0], None, holders[0]]
 
@@ -2429,7 +2443,9 @@ def test_of_two_claims_of_one_key_in_one_call_the_first_wins(
 def test_a_claim_whose_lease_is_gone_does_not_harm_those_beside_it(
     gateway: shared_lock.Gateway, etcd: Etcd, key: str, pool: ThreadPoolExecutor
 ) -> None:
-    leases = [*granted(gateway, 2), shared_lock.new_lease_id(), *granted(gateway, 1)]
+    claims = [claim_of(gateway, f"{key}{number}") for number in range(4)]
+    gateway.await_grant(claims[2], soon())
+    gateway.revoke(claims[2].lease, soon())
     sent, go_on, sizes = threading.Event(), threading.Event(), list[int]()
 
     def call(claims: list[shared_lock.Claim], deadline: float) -> list[shared_lock.Holder | shared_lock.StorageError]:
@@ -2439,16 +2455,64 @@ def test_a_claim_whose_lease_is_gone_does_not_harm_those_beside_it(
         return gateway.claim(claims, deadline)
 
     combiner = shared_lock.Combiner[shared_lock.Claim, shared_lock.Holder](call, lambda claim: 1 / 64)
-    claims = [shared_lock.Claim(f"{key}{number}", "", lease) for number, lease in enumerate(leases)]
     futures = [pool.submit(combiner.ask, claims[0], soon())]
     assert sent.wait(10)
     futures += [pool.submit(combiner.ask, claim, soon()) for claim in claims[1:]]
     eventually(lambda: len(combiner._queue) == 3)
     go_on.set()
 
-    assert [future.result(10).lease for future in (*futures[:2], futures[3])] == [*leases[:2], leases[3]]
+    assert [futures[n].result(10).lease for n in (0, 1, 3)] == [claims[n].lease for n in (0, 1, 3)]
     assert fault_of(futures[2]) is shared_lock.Refused
     assert (sizes, etcd.key(claims[2].key)) == ([1, 3, 1, 1, 1], None)
+
+
+@pytest.fixture
+def gateway_behind(proxy: Proxy) -> shared_lock.Gateway:
+    """A gateway whose calls the proxy may break."""
+    return gateway_to(proxy.url)
+
+
+def test_a_lone_claim_is_not_kept_waiting_for_its_lease_and_is_sent_again_if_it_overtakes_it(
+    gateway_behind: shared_lock.Gateway, proxy: Proxy, key: str
+) -> None:
+    proxy.rule = ("/v3/lease/grant", "hold", 1)
+    claim = claim_of(gateway_behind, key)
+
+    holders: list[Any] = list(gateway_behind.claim([claim], soon()))
+
+    assert (holders[0].lease, claim.granted) == (claim.lease, 60)
+    assert [path for path, _ in proxy.seen] == ["/v3/lease/grant", "/v3/kv/txn", "/v3/kv/txn"]
+
+
+def test_several_claims_wait_for_their_leases_and_one_without_does_not_harm_the_others(
+    gateway_behind: shared_lock.Gateway, proxy: Proxy, key: str
+) -> None:
+    proxy.rules(*[("/v3/lease/grant", action, 1) for action in ("", "hold", "no-leader", "drop-answer")])
+    claims = [claim_of(gateway_behind, f"{key}{number}") for number in range(4)]
+    eventually(lambda: len(proxy.seen) == 4)
+
+    answers = gateway_behind.claim(claims, soon())
+
+    assert [answer.lease for answer in answers[:2] if isinstance(answer, shared_lock.Holder)] == [
+        claim.lease for claim in claims[:2]
+    ]
+    assert [type(answer) for answer in answers[2:]] == [shared_lock.Unavailable, shared_lock.OutcomeUnknown]
+    assert [claim.granted for claim in claims] == [60, 60, 0, 0]
+    assert [path for path, _ in proxy.seen].count("/v3/kv/txn") == 1
+
+
+def test_who_waits_for_the_lease_of_another_keeps_to_its_own_deadline(
+    gateway_behind: shared_lock.Gateway, proxy: Proxy, key: str
+) -> None:
+    proxy.rule = ("/v3/lease/grant", "late", 2)
+    claims = [claim_of(gateway_behind, f"{key}{number}") for number in range(2)]
+    began = time.monotonic()
+
+    answers = gateway_behind.claim(claims, began + 0.2)
+
+    assert {type(answer) for answer in answers} == {shared_lock.OutcomeUnknown}
+    assert time.monotonic() - began < Proxy.LATE_SECONDS
+    assert "/v3/kv/txn" not in [path for path, _ in proxy.seen]
 
 
 PREFIX = b"/shared-lock/"
@@ -2499,10 +2563,12 @@ class Proxy:
 
     `rule` is (path, what to do, how many times), and the next of `rules` is in force once it is used up. To do:
     drop-request, drop-answer (after etcd has committed), cut (an answer in its middle), late (an answer, by
-    LATE_SECONDS), surplus (bytes after an answer), 503 and no-leader (an answer of our own, etcd is not asked).
+    LATE_SECONDS), hold (a request, by HOLD_SECONDS), surplus (bytes after an answer), 503 and no-leader (an answer of
+    our own, etcd is not asked).
     """
 
     LATE_SECONDS = 1.3
+    HOLD_SECONDS = 0.3
     OWN_ANSWERS: ClassVar = {
         "503": "<html>service unavailable</html>",
         "no-leader": '{"error":"etcdserver: no leader","message":"etcdserver: no leader","code":14}',
@@ -2552,6 +2618,8 @@ class Proxy:
                 if own := self.OWN_ANSWERS.get(action):
                     answer = f"HTTP/1.1 503 Service Unavailable\r\nContent-Length: {len(own)}\r\n\r\n{own}".encode()
                 else:
+                    if action == "hold":
+                        time.sleep(self.HOLD_SECONDS)
                     etcd.sendall(request)
                     answer = self._read(answers)
                 if not answer or action == "drop-answer":
@@ -2564,7 +2632,7 @@ class Proxy:
                 if action == "late":
                     time.sleep(self.LATE_SECONDS)
                 client.sendall(answer + (b"surplus" if action == "surplus" else b""))
-                spoiled = spoiled or action != ""
+                spoiled = spoiled or action not in ("", "hold")
 
     def _note(self, path: str, spoiled: bool) -> str:
         with self._mutex:
@@ -2961,7 +3029,7 @@ def test_replicas_that_start_together_do_not_all_begin_with_the_same_member(etcd
 
 # == The network between: requests, answers and connections that break ================================================
 
-ACTIONS = ["drop-request", "drop-answer", "cut", "late", "surplus", "503", "no-leader"]
+ACTIONS = ["drop-request", "drop-answer", "cut", "late", "hold", "surplus", "503", "no-leader"]
 
 
 @pytest.mark.parametrize("path", ["/v3/kv/range", "/v3/lease/grant", "/v3/kv/txn"])
@@ -3975,9 +4043,8 @@ class FailingGateway:
     def holders(self, keys: list[str], deadline: float) -> list[None]:
         return [None] * len(keys)
 
-    def grant(self, wish: tuple[int, int], deadline: float) -> int:
-        self.granted.add(wish[0])
-        return wish[1]
+    def send_grant(self, claim: shared_lock.Claim, deadline: float) -> None:
+        self.granted.add(claim.lease)
 
     def claim(self, claims: list[shared_lock.Claim], deadline: float) -> list[shared_lock.Holder]:
         time.sleep(max(0.0, deadline - time.monotonic()))
@@ -4008,6 +4075,31 @@ def test_leases_that_cannot_be_ended_wait_in_one_thread_and_are_ended_when_etcd_
     assert more_threads <= 1
     assert len(gateway.revoked) == 50
     eventually(lambda: threading.active_count() <= threads)
+
+
+class DelayedGateway(FailingGateway):
+    """Loses what it is asked first, so that it may come later, and refuses it the second time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.well = True
+        self.claimed = 0
+
+    def claim(self, claims: list[shared_lock.Claim], deadline: float) -> list[shared_lock.Holder]:
+        self.claimed += 1
+        if self.claimed == 1:
+            raise shared_lock.OutcomeUnknown("timed out")
+        raise shared_lock.Refused("no space")
+
+
+def test_a_lock_whose_lease_was_never_seen_is_not_denied_though_there_is_no_such_lease_now() -> None:
+    gateway = DelayedGateway()
+    storage = shared_lock.EtcdStorage(cast(shared_lock.Gateway, gateway), timeout=5)
+
+    with pytest.raises(shared_lock.OutcomeUnknown):
+        storage.acquire("k", "", 60)
+
+    assert gateway.revoked == gateway.granted
 
 
 # == Benchmark: how fast, beside one raw gateway call of the same kind ===============================================
