@@ -2477,6 +2477,7 @@ def test_a_lone_claim_is_not_kept_waiting_for_its_lease_and_is_sent_again_if_it_
 ) -> None:
     proxy.rule = ("/v3/lease/grant", "hold", 1)
     claim = claim_of(gateway_behind, key)
+    eventually(lambda: proxy.seen)
 
     holders: list[Any] = list(gateway_behind.claim([claim], soon()))
 
