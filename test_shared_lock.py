@@ -2348,9 +2348,10 @@ def test_in_memory_leases_are_random_and_tokens_grow() -> None:
 # == Gateway =========================================================================================================
 
 
-def gateway_to(url: str) -> shared_lock.Gateway:
+def gateway_to(url: str, timeout: str = "5s") -> shared_lock.Gateway:
     """A gateway in this process, as open_storage builds it."""
-    session: Any = shared_lock.EtcdSession(shared_lock.Config.from_env({"SHARED_LOCK_ETCD_ADDR_LIST": url}))
+    env = {"SHARED_LOCK_ETCD_ADDR_LIST": url, "SHARED_LOCK_ETCD_TIMEOUT": timeout}
+    session: Any = shared_lock.EtcdSession(shared_lock.Config.from_env(env))
     return shared_lock.Gateway(etcd3gw.Etcd3Client(session=session, api_path="/v3/"))
 
 
@@ -2518,6 +2519,17 @@ def test_a_claim_whose_lease_was_lost_is_tried_again_though_another_made_etcd_re
     (again,) = gateway_behind.claim([lost], soon())
 
     assert type(again) is shared_lock.Unavailable
+
+
+def test_a_grant_that_was_answered_while_nobody_looked_is_not_late(etcd: Etcd, key: str) -> None:
+    gateway = gateway_to(etcd.url, timeout="200ms")  # of which a call gets half
+    claim = claim_of(gateway, key)
+    time.sleep(0.3)
+
+    gateway.await_grant(claim, soon())
+
+    assert claim.granted == 60
+    assert [member.fault for member in gateway._client.session._members] == [None]
 
 
 def test_the_connection_of_a_grant_that_is_given_up_is_closed_and_nobody_reads_it(
@@ -4071,17 +4083,21 @@ class FailingGateway:
 
     def __init__(self) -> None:
         self.well = False
-        self.granted: set[int] = set()
-        self.revoked: set[int] = set()
+        self.granted: list[int] = []
+        self.dropped: list[int] = []
+        self.revoked: list[int] = []
 
     def holders(self, keys: list[str], deadline: float) -> list[None]:
         return [None] * len(keys)
 
     def send_grant(self, claim: shared_lock.Claim, deadline: float) -> None:
-        self.granted.add(claim.lease)
+        self.granted.append(claim.lease)
+
+    def await_grant(self, claim: shared_lock.Claim, deadline: float) -> None:
+        claim.granted = claim.ttl
 
     def drop_grant(self, claim: shared_lock.Claim) -> None:
-        pass
+        self.dropped.append(claim.lease)
 
     def claim(self, claims: list[shared_lock.Claim], deadline: float) -> list[shared_lock.Holder]:
         time.sleep(max(0.0, deadline - time.monotonic()))
@@ -4094,7 +4110,7 @@ class FailingGateway:
         if not self.well:
             time.sleep(max(0.0, deadline - time.monotonic()))
             raise shared_lock.Unavailable("timed out")
-        self.revoked.add(lease)
+        self.revoked.append(lease)
 
 
 def test_leases_that_cannot_be_ended_wait_in_one_thread_and_are_ended_when_etcd_is_well() -> None:
@@ -4107,10 +4123,11 @@ def test_leases_that_cannot_be_ended_wait_in_one_thread_and_are_ended_when_etcd_
             storage.acquire(f"k{number}", "", 3600)
     more_threads = threading.active_count() - threads
     gateway.well = True
-    eventually(lambda: gateway.revoked == gateway.granted, 30)
+    eventually(lambda: set(gateway.revoked) == set(gateway.granted), 30)
 
     assert more_threads <= 1
     assert len(gateway.revoked) == 50
+    assert gateway.dropped == gateway.granted  # no connection is left to an answer of no use
     eventually(lambda: threading.active_count() <= threads)
 
 
@@ -4136,7 +4153,26 @@ def test_a_lock_whose_lease_was_never_seen_is_not_denied_though_there_is_no_such
     with pytest.raises(shared_lock.OutcomeUnknown):
         storage.acquire("k", "", 60)
 
-    assert gateway.revoked == gateway.granted
+    assert set(gateway.revoked) == set(gateway.granted)
+
+
+class BusyGateway(FailingGateway):
+    """Has granted the lease when the first claim fails, and takes the second."""
+
+    def claim(self, claims: list[shared_lock.Claim], deadline: float) -> list[shared_lock.Holder]:
+        if not claims[0].granted:
+            self.await_grant(claims[0], deadline)
+            raise shared_lock.Unavailable("no leader")
+        return [shared_lock.Holder(claims[0].lease, 4711)]
+
+
+def test_a_lease_that_was_granted_is_not_asked_for_again() -> None:
+    gateway = BusyGateway()
+
+    grant = shared_lock.EtcdStorage(cast(shared_lock.Gateway, gateway), timeout=5).acquire("k", "", 60)
+
+    assert gateway.granted == [grant.lease]
+    assert grant == shared_lock.Grant(grant.lease, 60, 4711)
 
 
 # == Benchmark: how fast, beside one raw gateway call of the same kind ===============================================
