@@ -2348,35 +2348,21 @@ def test_in_memory_leases_are_random_and_tokens_grow() -> None:
 # == Gateway =========================================================================================================
 
 
-def gateway_to(url: str, timeout: str = "5s") -> shared_lock.Gateway:
-    """A gateway in this process, as open_storage builds it."""
-    env = {"SHARED_LOCK_ETCD_ADDR_LIST": url, "SHARED_LOCK_ETCD_TIMEOUT": timeout}
-    session: Any = shared_lock.EtcdSession(shared_lock.Config.from_env(env))
-    return shared_lock.Gateway(etcd3gw.Etcd3Client(session=session, api_path="/v3/"))
-
-
 @pytest.fixture
 def gateway(etcd: Etcd) -> shared_lock.Gateway:
-    return gateway_to(etcd.url)
+    """A gateway in this process, as open_storage builds it."""
+    session: Any = shared_lock.EtcdSession(shared_lock.Config.from_env({"SHARED_LOCK_ETCD_ADDR_LIST": etcd.url}))
+    return shared_lock.Gateway(etcd3gw.Etcd3Client(session=session, api_path="/v3/"))
 
 
 def soon() -> float:
     return time.monotonic() + 10
 
 
-def claim_of(gateway: shared_lock.Gateway, key: str, value: str = "") -> shared_lock.Claim:
-    """A claim whose lease has been asked for."""
-    claim = shared_lock.Claim(key, value, 60)
-    gateway.send_grant(claim, soon())
-    return claim
-
-
 def granted(gateway: shared_lock.Gateway, count: int) -> list[int]:
-    claims = [claim_of(gateway, "") for _ in range(count)]
-    for claim in claims:
-        gateway.await_grant(claim, soon())
-    assert [claim.granted for claim in claims] == [60] * count
-    return [claim.lease for claim in claims]
+    leases = [shared_lock.new_lease_id() for _ in range(count)]
+    assert [gateway.grant((lease, 60), soon()) for lease in leases] == [60] * count
+    return leases
 
 
 class FakeClient:
@@ -2427,16 +2413,16 @@ def test_keepalives_in_one_call_are_all_answered(gateway: shared_lock.Gateway, c
 def test_of_two_claims_of_one_key_in_one_call_the_first_wins(
     gateway: shared_lock.Gateway, etcd: Etcd, key: str
 ) -> None:
+    a, b, c, d = granted(gateway, 4)
     names = [key, key + " another", key, key + " held"]
-    held = gateway.claim([claim_of(gateway, names[3])], soon())
-    claims = [claim_of(gateway, name, "v") for name in names]
-    leases = [claim.lease for claim in claims]
+    held = gateway.claim([shared_lock.Claim(names[3], "", d)], soon())
+    claims = [shared_lock.Claim(name, "v", lease) for name, lease in zip(names, (a, b, c, c), strict=True)]
 
     holders: list[Any] = list(gateway.claim(claims, soon()))
 
-    assert [holder.lease for holder in holders[:3]] == [leases[0], leases[1], leases[0]]
+    assert [holder.lease for holder in holders] == [a, b, a, d]
     assert holders[3] == held[0]
-    assert etcd.key(key) == {"create_revision": holders[0].token, "lease": leases[0], "value": b"v"}
+    assert etcd.key(key) == {"create_revision": holders[0].token, "lease": a, "value": b"v"}
     assert gateway.claim(claims, soon()) == holders  # a repetition finds its own lease
     assert gateway.holders([key, key + " free", key], soon()) == [holders[0], None, holders[0]]
 
@@ -2444,9 +2430,7 @@ def test_of_two_claims_of_one_key_in_one_call_the_first_wins(
 def test_a_claim_whose_lease_is_gone_does_not_harm_those_beside_it(
     gateway: shared_lock.Gateway, etcd: Etcd, key: str, pool: ThreadPoolExecutor
 ) -> None:
-    claims = [claim_of(gateway, f"{key}{number}") for number in range(4)]
-    gateway.await_grant(claims[2], soon())
-    gateway.revoke(claims[2].lease, soon())
+    leases = [*granted(gateway, 2), shared_lock.new_lease_id(), *granted(gateway, 1)]
     sent, go_on, sizes = threading.Event(), threading.Event(), list[int]()
 
     def call(claims: list[shared_lock.Claim], deadline: float) -> list[shared_lock.Holder | shared_lock.StorageError]:
@@ -2456,109 +2440,16 @@ def test_a_claim_whose_lease_is_gone_does_not_harm_those_beside_it(
         return gateway.claim(claims, deadline)
 
     combiner = shared_lock.Combiner[shared_lock.Claim, shared_lock.Holder](call, lambda claim: 1 / 64)
+    claims = [shared_lock.Claim(f"{key}{number}", "", lease) for number, lease in enumerate(leases)]
     futures = [pool.submit(combiner.ask, claims[0], soon())]
     assert sent.wait(10)
     futures += [pool.submit(combiner.ask, claim, soon()) for claim in claims[1:]]
     eventually(lambda: len(combiner._queue) == 3)
     go_on.set()
 
-    assert [futures[n].result(10).lease for n in (0, 1, 3)] == [claims[n].lease for n in (0, 1, 3)]
+    assert [future.result(10).lease for future in (*futures[:2], futures[3])] == [*leases[:2], leases[3]]
     assert fault_of(futures[2]) is shared_lock.Refused
     assert (sizes, etcd.key(claims[2].key)) == ([1, 3, 1, 1, 1], None)
-
-
-@pytest.fixture
-def gateway_behind(proxy: Proxy) -> shared_lock.Gateway:
-    """A gateway whose calls the proxy may break."""
-    return gateway_to(proxy.url)
-
-
-def test_a_lone_claim_is_not_kept_waiting_for_its_lease_and_is_sent_again_if_it_overtakes_it(
-    gateway_behind: shared_lock.Gateway, proxy: Proxy, key: str
-) -> None:
-    proxy.rule = ("/v3/lease/grant", "hold", 1)
-    claim = claim_of(gateway_behind, key)
-    eventually(lambda: proxy.seen)
-
-    holders: list[Any] = list(gateway_behind.claim([claim], soon()))
-
-    assert (holders[0].lease, claim.granted) == (claim.lease, 60)
-    assert [path for path, _ in proxy.seen] == ["/v3/lease/grant", "/v3/kv/txn", "/v3/kv/txn"]
-
-
-def test_several_claims_wait_for_their_leases_and_one_without_does_not_harm_the_others(
-    gateway_behind: shared_lock.Gateway, proxy: Proxy, key: str
-) -> None:
-    claims = []
-    for number, action in enumerate(("", "hold", "no-leader", "drop-answer")):
-        proxy.rule = ("/v3/lease/grant", action, 1)
-        claims.append(claim_of(gateway_behind, f"{key}{number}"))
-        eventually(lambda: not proxy.rule)
-
-    answers = gateway_behind.claim(claims, soon())
-
-    assert [answer.lease for answer in answers[:2] if isinstance(answer, shared_lock.Holder)] == [
-        claim.lease for claim in claims[:2]
-    ]
-    assert [type(answer) for answer in answers[2:]] == [shared_lock.Unavailable, shared_lock.OutcomeUnknown]
-    assert [claim.granted for claim in claims] == [60, 60, 0, 0]
-    assert [path for path, _ in proxy.seen].count("/v3/kv/txn") == 1
-
-
-def test_a_claim_whose_lease_was_lost_is_tried_again_though_another_made_etcd_refuse_the_call(
-    gateway_behind: shared_lock.Gateway, proxy: Proxy, key: str
-) -> None:
-    ended, lost = claim_of(gateway_behind, key + " ended"), shared_lock.Claim(key + " lost", "", 60)
-    gateway_behind.await_grant(ended, soon())
-    gateway_behind.revoke(ended.lease, soon())
-    proxy.rule = ("/v3/lease/grant", "drop-answer", 1)
-    gateway_behind.send_grant(lost, soon())
-
-    with pytest.raises(shared_lock.Refused):
-        gateway_behind.claim([ended, lost], soon())
-    (again,) = gateway_behind.claim([lost], soon())
-
-    assert type(again) is shared_lock.Unavailable
-
-
-def test_a_grant_that_was_answered_while_nobody_looked_is_not_late(etcd: Etcd, key: str) -> None:
-    gateway = gateway_to(etcd.url, timeout="200ms")  # of which a call gets half
-    claim = claim_of(gateway, key)
-    time.sleep(0.3)
-
-    gateway.await_grant(claim, soon())
-
-    assert claim.granted == 60
-    assert [member.fault for member in gateway._client.session._members] == [None]
-
-
-def test_the_connection_of_a_grant_that_is_given_up_is_closed_and_nobody_reads_it(
-    gateway_behind: shared_lock.Gateway, proxy: Proxy, key: str
-) -> None:
-    proxy.rule = ("/v3/lease/grant", "late", 1)
-    claim = claim_of(gateway_behind, key)
-    assert claim.grant and claim.grant._wire
-    sock = claim.grant._wire.sock
-
-    gateway_behind.drop_grant(claim)
-    answers = gateway_behind.claim([claim], soon())
-
-    assert sock.fileno() == -1
-    assert [type(answer) for answer in answers] == [shared_lock.Unavailable]
-
-
-def test_who_waits_for_the_lease_of_another_keeps_to_its_own_deadline(
-    gateway_behind: shared_lock.Gateway, proxy: Proxy, key: str
-) -> None:
-    proxy.rule = ("/v3/lease/grant", "late", 2)
-    claims = [claim_of(gateway_behind, f"{key}{number}") for number in range(2)]
-    began = time.monotonic()
-
-    answers = gateway_behind.claim(claims, began + 0.2)
-
-    assert {type(answer) for answer in answers} == {shared_lock.OutcomeUnknown}
-    assert time.monotonic() - began < Proxy.LATE_SECONDS
-    assert "/v3/kv/txn" not in [path for path, _ in proxy.seen]
 
 
 PREFIX = b"/shared-lock/"
@@ -3047,6 +2938,18 @@ def test_refused_connections_are_left_at_once(etcd: Etcd, start: Callable[..., D
     eventually(lambda: all(f"member={url} reason=" in daemon.log() for url in nobody))
 
 
+def test_a_member_that_is_frozen_at_the_start_is_noted_before_anybody_asks(
+    own_etcd: Etcd, start: Callable[..., Daemon]
+) -> None:
+    freeze(own_etcd)
+
+    daemon = start(own_etcd.url, ETCD_TIMEOUT="1s")
+    eventually(lambda: f'member={own_etcd.url} reason="timed out"' in daemon.log())
+    own_etcd.signal(signal.SIGCONT)
+
+    eventually(lambda: "etcd member is well again" in daemon.log())
+
+
 def test_a_member_without_a_leader_is_left_at_once(
     etcd: Etcd, proxy: Proxy, start: Callable[..., Daemon], key: str
 ) -> None:
@@ -3116,6 +3019,20 @@ def test_keepalive_and_release_are_repeated_as_well(
     assert int(lease) not in etcd.leases()
     assert proxy.rule is None
     assert proxy.reused == []
+
+
+def test_a_claim_is_only_sent_once_its_lease_is_granted(proxy: Proxy, start: Callable[..., Daemon], key: str) -> None:
+    """If both came late, from a member that froze, they would take the key once more after its release."""
+    daemon = start(proxy.url)
+    eventually(lambda: proxy.seen)  # the look at the start
+    daemon.acquire(key + " before")  # opens the connections
+    seen = len(proxy.seen)
+
+    proxy.rule = ("/v3/lease/grant", "hold", 1)
+    answer = daemon.acquire(key)
+
+    assert answer.status == 201
+    assert proxy.seen[seen:] == [("/v3/kv/range", ""), ("/v3/lease/grant", "hold"), ("/v3/kv/txn", "")]
 
 
 @pytest.mark.parametrize("times", [2, 3])
@@ -4083,21 +4000,15 @@ class FailingGateway:
 
     def __init__(self) -> None:
         self.well = False
-        self.granted: list[int] = []
-        self.dropped: list[int] = []
-        self.revoked: list[int] = []
+        self.granted: set[int] = set()
+        self.revoked: set[int] = set()
 
     def holders(self, keys: list[str], deadline: float) -> list[None]:
         return [None] * len(keys)
 
-    def send_grant(self, claim: shared_lock.Claim, deadline: float) -> None:
-        self.granted.append(claim.lease)
-
-    def await_grant(self, claim: shared_lock.Claim, deadline: float) -> None:
-        claim.granted = claim.ttl
-
-    def drop_grant(self, claim: shared_lock.Claim) -> None:
-        self.dropped.append(claim.lease)
+    def grant(self, wish: tuple[int, int], deadline: float) -> int:
+        self.granted.add(wish[0])
+        return wish[1]
 
     def claim(self, claims: list[shared_lock.Claim], deadline: float) -> list[shared_lock.Holder]:
         time.sleep(max(0.0, deadline - time.monotonic()))
@@ -4110,7 +4021,7 @@ class FailingGateway:
         if not self.well:
             time.sleep(max(0.0, deadline - time.monotonic()))
             raise shared_lock.Unavailable("timed out")
-        self.revoked.append(lease)
+        self.revoked.add(lease)
 
 
 def test_leases_that_cannot_be_ended_wait_in_one_thread_and_are_ended_when_etcd_is_well() -> None:
@@ -4123,56 +4034,11 @@ def test_leases_that_cannot_be_ended_wait_in_one_thread_and_are_ended_when_etcd_
             storage.acquire(f"k{number}", "", 3600)
     more_threads = threading.active_count() - threads
     gateway.well = True
-    eventually(lambda: set(gateway.revoked) == set(gateway.granted), 30)
+    eventually(lambda: gateway.revoked == gateway.granted, 30)
 
     assert more_threads <= 1
     assert len(gateway.revoked) == 50
-    assert gateway.dropped == gateway.granted  # no connection is left to an answer of no use
     eventually(lambda: threading.active_count() <= threads)
-
-
-class DelayedGateway(FailingGateway):
-    """Loses what it is asked first, so that it may come later, and refuses it the second time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.well = True
-        self.claimed = 0
-
-    def claim(self, claims: list[shared_lock.Claim], deadline: float) -> list[shared_lock.Holder]:
-        self.claimed += 1
-        if self.claimed == 1:
-            raise shared_lock.OutcomeUnknown("timed out")
-        raise shared_lock.Refused("no space")
-
-
-def test_a_lock_whose_lease_was_never_seen_is_not_denied_though_there_is_no_such_lease_now() -> None:
-    gateway = DelayedGateway()
-    storage = shared_lock.EtcdStorage(cast(shared_lock.Gateway, gateway), timeout=5)
-
-    with pytest.raises(shared_lock.OutcomeUnknown):
-        storage.acquire("k", "", 60)
-
-    assert set(gateway.revoked) == set(gateway.granted)
-
-
-class BusyGateway(FailingGateway):
-    """Has granted the lease when the first claim fails, and takes the second."""
-
-    def claim(self, claims: list[shared_lock.Claim], deadline: float) -> list[shared_lock.Holder]:
-        if not claims[0].granted:
-            self.await_grant(claims[0], deadline)
-            raise shared_lock.Unavailable("no leader")
-        return [shared_lock.Holder(claims[0].lease, 4711)]
-
-
-def test_a_lease_that_was_granted_is_not_asked_for_again() -> None:
-    gateway = BusyGateway()
-
-    grant = shared_lock.EtcdStorage(cast(shared_lock.Gateway, gateway), timeout=5).acquire("k", "", 60)
-
-    assert gateway.granted == [grant.lease]
-    assert grant == shared_lock.Grant(grant.lease, 60, 4711)
 
 
 # == Benchmark: how fast, beside one raw gateway call of the same kind ===============================================
