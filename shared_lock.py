@@ -1585,7 +1585,8 @@ class Gateway:
         answers = self._post("/lease/keepalive", [{"ID": lease} for lease in dict.fromkeys(leases)], deadline)
         results = [answer["result"] for answer in answers if "result" in answer]
         ttls = {int(result.get("ID", 0)): max(0, int(result.get("TTL", 0))) for result in results}
-        return [ttls.get(lease, Unavailable("etcd cut its answer short")) for lease in leases]
+        cut_short = Unavailable("etcd cut its answer short")
+        return [ttls.get(lease, cut_short) for lease in leases]
 
     def time_to_live(self, lease: int, deadline: float) -> LeaseInfo | None:
         answer = self._post("/lease/timetolive", {"ID": lease, "keys": True}, deadline)
