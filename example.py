@@ -267,6 +267,7 @@ def demonstrate(service: Service, key: str, ttl: str) -> int:
 
 
 def main(arguments: list[str]) -> int:
+    """The command line; returns the exit status, which is the command's own where one was run to its end."""
     parser = argparse.ArgumentParser(
         usage="%(prog)s [--url URL] --key KEY [--ttl TTL] -- COMMAND [ARGUMENT ...]",
         description="Runs a command under a lock of shared-lock, one at a time. Without a command: a demonstration.",

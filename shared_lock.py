@@ -190,6 +190,7 @@ def seconds_up_to(limit: int, zero: bool = True) -> Callable[[str], float]:
 
 
 def whole(low: int, high: int) -> Callable[[str], int]:
+    """A parser of whole numbers from `low` to `high`."""
 
     def parse(text: str) -> int:
         if not re.fullmatch("[0-9]{1,9}", text) or not low <= int(text) <= high:
@@ -331,8 +332,8 @@ class Config:
 # == Wire: HTTP/1.1 messages over one socket =========================================================================
 #
 # The front door reads requests with it, and the gateway etcd's answers. http.server and http.client parse headers with
-# the e-mail package, which takes longer than all the rest of a request: without it, /health at 64 connections went
-# from 5,200 to 17,000 requests/s. Being strict is easier here, too.
+# the e-mail package, which takes longer than all the rest of a request: at 64 connections and on one CPU, /health is
+# answered 47,900 times a second, by http.server (buffered, no Nagle) 14,800 times. Being strict is easier here, too.
 
 
 class Malformed(Exception):
@@ -475,6 +476,7 @@ class Wire:
         self.rest += data
 
     def send(self, data: bytes, deadline: float) -> None:
+        """Sends all of it. Raises OSError; at the deadline, TimeoutError."""
         while data:
             self._limit(socket.SO_SNDTIMEO, deadline)
             try:
@@ -681,9 +683,8 @@ class Connection(socketserver.BaseRequestHandler):
         self.wire.send(data, deadline_after(self.server.config.server_write_timeout))
 
     def _hung_up(self) -> bool:
-        poll = (
-            select.poll()
-        )  # a caller that ends only its own half counts as gone: there is no telling it from one that is
+        """A caller that ends only its own half of the connection counts as gone, since it looks the same."""
+        poll = select.poll()
         poll.register(self.request, select.POLLRDHUP)
         return bool(poll.poll(0))
 
@@ -1290,7 +1291,8 @@ class _Lock:
 
 
 class MemoryStorage:
-    """A table of locks with a clock: what a storage promises, with nothing in the way. Lost with the process."""
+    """A table of locks with a clock: what Storage promises, method by method, with nothing in the way. Lost with the
+    process."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -1419,10 +1421,11 @@ class EtcdStorage:
         return self._insist(self._renewals.ask, lease, deadline_after(self._timeout))
 
     def release(self, lease: int) -> list[str] | None:
+        """A lease with a key outside of our prefix is another tenant's of this etcd, Kubernetes' say, and stays."""
         deadline = deadline_after(self._timeout)
         info = self._read(self._gateway.time_to_live, lease, deadline)
         prefix = KEY_PREFIX.encode()
-        if info is None or not all(key.startswith(prefix) for key in info.keys):  # of another tenant of this etcd
+        if info is None or not all(key.startswith(prefix) for key in info.keys):
             return None
         self._insist(self._gateway.revoke, lease, deadline)
         return [key.removeprefix(prefix).decode("utf-8", "replace") for key in info.keys]
@@ -1706,8 +1709,8 @@ class EtcdSession:
     """The session under etcd3gw: kept connections to all members, and one that is well for each call.
 
     The first member serves until it fails. Then it is sick: it becomes the last, and is checked in the background
-    until it is well. While all are sick they are tried in turn. (requests, etcd3gw's own session, costs 2 ms of CPU
-    a call and knows one endpoint.)
+    until it is well. While all are sick they are tried in turn. (requests, etcd3gw's own session, costs 0.7 ms of CPU
+    a call instead of 0.08, and knows one endpoint.)
     """
 
     def __init__(self, config: Config) -> None:
@@ -1955,6 +1958,7 @@ class Metrics:
             self._cache[operation, status] += 1
 
     def render(self) -> str:
+        """All families, as one page."""
         with self._mutex:
             lease, cache = dict(self._lease), dict(self._cache)
             grants, grant_seconds = list(itertools.accumulate(self._grants)), self._grant_seconds
@@ -2207,6 +2211,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.socket = listener
 
     def get_request(self) -> tuple[socket.socket, Any]:
+        """The next connection; serve_forever goes on after an OSError."""
         try:
             return super().get_request()
         except OSError as fault:  # most likely out of descriptors; without a pause the loop would spin
@@ -2278,7 +2283,8 @@ def be_quick() -> None:
     the keepalives. The CPU is chosen at random; the kernel moves other processes out of the way, but two
     daemons that chose the same CPU share it.
     """
-    sys.setswitchinterval(0.02)  # seconds; among short bursts a forced switch only delays: +20 % requests/s
+    # Seconds. Among short bursts a forced switch only delays: without this, p99 of refusals is 56 to 84 ms, not 42.
+    sys.setswitchinterval(0.02)
     with contextlib.suppress(AttributeError, OSError):  # not Linux, or not allowed: slower, and no worse
         os.sched_setaffinity(0, {random.choice(sorted(os.sched_getaffinity(0)))})
 

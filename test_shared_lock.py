@@ -124,6 +124,12 @@ class Etcd:
         eventually(answers, 30)
         return self
 
+    def __enter__(self) -> Etcd:
+        return self.start().wait()
+
+    def __exit__(self, *fault: object) -> None:
+        self.stop()
+
     def signal(self, number: int) -> None:
         assert self.process
         self.process.send_signal(number)
@@ -247,11 +253,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def etcd(folder: Path) -> Iterator[Etcd]:
     """One etcd for all tests that do it no harm."""
-    server = Etcd(folder)
-    try:
-        yield server.start().wait()
-    finally:
-        server.stop()
+    with Etcd(folder) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")
@@ -2771,11 +2774,8 @@ def proxy(etcd: Etcd) -> Iterator[Proxy]:
 @pytest.fixture
 def own_etcd(tmp_path: Path) -> Iterator[Etcd]:
     """An etcd that only this test uses, and may harm."""
-    server = Etcd(tmp_path)
-    try:
-        yield server.start().wait()
-    finally:
-        server.stop()
+    with Etcd(tmp_path) as server:
+        yield server
 
 
 def start_on(start: Callable[..., Daemon], cluster: Cluster, member: Etcd) -> Daemon:
@@ -4134,9 +4134,7 @@ def benchmark() -> None:
     for _ in range(ROUNDS):
         with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
             folder = Path(name)
-            etcd = Etcd(folder)
-            stack.callback(etcd.stop)
-            etcd.start().wait()
+            etcd = stack.enter_context(Etcd(folder))
             daemon = Daemon(folder, etcd.url)
             stack.callback(daemon.stop)
             for connections in (150, 1):
