@@ -4041,6 +4041,87 @@ def test_leases_that_cannot_be_ended_wait_in_one_thread_and_are_ended_when_etcd_
     eventually(lambda: threading.active_count() <= threads)
 
 
+def test_a_claim_that_etcd_refuses_is_not_acquired_once_its_lease_is_ended() -> None:
+    class RefusingGateway(FailingGateway):
+        def claim(self, claims: list[shared_lock.Claim], deadline: float) -> list[shared_lock.Holder]:
+            raise shared_lock.Refused("no space")
+
+    gateway = RefusingGateway()
+    gateway.well = True
+
+    with pytest.raises(shared_lock.Unavailable, match="no space"):
+        shared_lock.EtcdStorage(cast(shared_lock.Gateway, gateway), timeout=5).acquire("k", "", 60)
+
+    assert gateway.revoked == gateway.granted != set()
+
+
+class ScriptedClient:
+    """Stands for etcd3gw's client: gives these answers one after the other, and raises those that are errors."""
+
+    def __init__(self, *answers: dict[str, Any] | shared_lock.StorageError) -> None:
+        self.answers = list(answers)
+
+    def get_url(self, path: str) -> str:
+        return path
+
+    def post(self, url: str, *, json: Any, deadline: float) -> dict[str, Any]:
+        answer = self.answers.pop(0)
+        if isinstance(answer, shared_lock.StorageError):
+            raise answer
+        return answer
+
+
+def test_a_lost_claim_whose_holder_cannot_be_read_is_unknown_since_an_earlier_try_may_have_won() -> None:
+    client = ScriptedClient({"header": {"revision": "7"}}, shared_lock.Unavailable("no leader"))
+
+    (outcome,) = shared_lock.Gateway(client).claim([shared_lock.Claim("k", "", 5)], soon())
+
+    assert type(outcome) is shared_lock.OutcomeUnknown
+
+
+def test_a_lease_that_ended_between_two_tries_to_get_it_is_not_granted() -> None:
+    client = ScriptedClient(shared_lock.Refused("lease already exists", 9), {"TTL": "-1"})
+
+    with pytest.raises(shared_lock.Refused, match="ended before it was used"):
+        shared_lock.Gateway(client).grant((5, 60), soon())
+
+
+def test_a_revoke_that_is_refused_for_another_reason_than_a_lease_that_is_gone_is_an_error() -> None:
+    client = ScriptedClient(shared_lock.Refused("not found", 5), shared_lock.Refused("permission denied", 7))
+    gateway = shared_lock.Gateway(client)
+
+    gateway.revoke(5, soon())
+    with pytest.raises(shared_lock.Refused, match="permission denied"):
+        gateway.revoke(5, soon())
+
+
+@pytest.mark.parametrize(
+    ("read", "text", "fault"),
+    [
+        (lambda text: shared_lock.parse_answer_head(text.encode()), "SSH-2.0-OpenSSH", shared_lock.Malformed),
+        (shared_lock._from_json, '{"hello": 1}', shared_lock.OutcomeUnknown),
+        (shared_lock._from_json, "[]", shared_lock.OutcomeUnknown),
+    ],
+)
+def test_what_is_not_an_answer_of_etcd_is_an_error(
+    read: Callable[[str], object], text: str, fault: type[Exception]
+) -> None:
+    with pytest.raises(fault, match="not "):
+        read(text)
+
+
+def test_a_defect_of_ours_is_answered_and_logged_in_a_line(capfd: pytest.CaptureFixture[str]) -> None:
+    api = shared_lock.Api(cast(shared_lock.LockService, None), shared_lock.Metrics())
+    head = shared_lock.Head("POST", "/keepalive", "", {}, True, "HTTP/1.1")
+
+    answer = api.answer(shared_lock.Request(head, b"5"))
+
+    assert (answer.status, answer.body) == (500, b"internal error: see the log of shared-lock\n")
+    log = capfd.readouterr().err
+    assert 'level=error event="internal error" path=/keepalive' in log
+    assert log.count("\n") == 1
+
+
 # == Benchmark: how fast, beside one raw gateway call of the same kind ===============================================
 
 WRK_SECONDS = int(os.environ.get("SHARED_LOCK_BENCHMARK_SECONDS", "4"))  # for one load
