@@ -480,6 +480,14 @@ def test_a_chunked_body_is_read_whatever_its_chunks(daemon: Daemon, key: str, cu
     assert (first.status, client.answer().status) == (201, 200)
 
 
+def test_more_trailers_than_headers_are_allowed_are_refused(on_memory: Daemon) -> None:
+    trailers = b"".join(b"t%d: x\r\n" % number for number in range(102))
+
+    answer = talk(on_memory, post(b"0\r\n" + trailers + b"\r\n", b"Transfer-Encoding: chunked"))
+
+    assert (answer.status, answer.text) == (431, "more than 100 trailers\n")
+
+
 @pytest.mark.parametrize("body", [
     b"\r\n", b"x\r\n", b"-5\r\nhello\r\n", b"+5\r\nhello\r\n", b"0x5\r\nhello\r\n", b"5 5\r\nhello\r\n",
     b" 5\r\nhello\r\n", b"1_0\r\n", b"5\nhello\r\n", b"5\r\nhello!\r\n", b"5\r\nhello0\r\n\r\n", b"5;a\nb\r\nhello\r\n",
@@ -1102,6 +1110,15 @@ def test_tls_files_that_cannot_be_used_stop_the_start(certificates: Path, name: 
 
     assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
     assert f"SHARED_LOCK_{name}" in ended.stderr and paths[name] in ended.stderr
+
+
+def test_a_plain_endpoint_stops_the_start_where_tls_was_asked_for(certificates: Path) -> None:
+    files = {"CA_CERT_PATH": "ca.crt", "CLIENT_CERT_PATH": "client.crt", "CLIENT_KEY_PATH": "client.key"}
+    env = {f"SHARED_LOCK_{variable}": str(certificates / path) for variable, path in files.items()}
+    env |= {"SHARED_LOCK_ETCD_TLS": "true", "SHARED_LOCK_ETCD_ADDR_LIST": "a:1,https://b:2,http://c:3"}
+
+    with pytest.raises(shared_lock.ConfigError, match=r'SHARED_LOCK_ETCD_ADDR_LIST: not https.*"http://c:3"'):
+        shared_lock.Config.from_env(env)
 
 
 def test_tls_files_are_not_looked_at_without_tls() -> None:
