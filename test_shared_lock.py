@@ -903,7 +903,7 @@ def test_pipelined_requests_are_answered_in_order(on_memory: Daemon) -> None:
     assert client.rest() == b""
 
 
-def test_a_request_in_single_bytes_is_read_and_the_next_one_too(on_memory: Daemon, key: str) -> None:
+def test_a_request_in_single_bytes_is_read_and_so_is_the_longest_head_after_it(on_memory: Daemon, key: str) -> None:
     client = Talk(on_memory)
     for byte in post(lock_body(key)):
         client.say(bytes([byte]))
@@ -911,36 +911,18 @@ def test_a_request_in_single_bytes_is_read_and_the_next_one_too(on_memory: Daemo
     first = client.answer()
     client.say(b"\r")  # RFC 9112, 2.2: an empty line before a request is skipped
     time.sleep(0.1)
-    client.say(b"\n" + HEALTH)
+    for byte in b"\n" + head_of(KIB64):
+        client.say(bytes([byte]))
     second = client.answer()
 
     assert (first.status, second.status) == (201, 200)
-
-
-def test_the_longest_head_is_read_in_single_bytes_at_a_cost_that_grows_with_it(start: Start) -> None:
-    daemon = start("mock", SERVER_READ_TIMEOUT="60s")
-    stat = Path(f"/proc/{daemon.process.pid}/stat")
-
-    def cost(size: int) -> int:
-        """What it computes, in ticks of 10 ms, while such a head trickles in."""
-        before, client = stat.read_text().split()[13:15], Talk(daemon)
-        for byte in get("/health", b"A: " + b"x" * size):
-            client.say(bytes([byte]))
-        assert client.answer().status == 200
-        return sum(map(int, stat.read_text().split()[13:15])) - sum(map(int, before))
-
-    short, long = cost(6_000), cost(60_000)
-
-    assert long < 10 * (short + 5) * 2
 
 
 @pytest.mark.parametrize("version, option, kept", [
     ("1.1", b"", True), ("1.1", b"close", False), ("1.1", b"foo, Close", False), ("1.1", b"keep-alive", True),
     ("1.0", b"", False), ("1.0", b"Keep-Alive", True), ("1.0", b"close", False),
 ])  # fmt: skip
-def test_a_connection_is_kept_as_its_version_and_header_say(
-    on_memory: Daemon, version: str, option: bytes, kept: bool
-) -> None:
+def test_a_connection_is_kept_as_its_request_says(on_memory: Daemon, version: str, option: bytes, kept: bool) -> None:
     headers = [b"Connection: " + option] if option else []
     client = Talk(on_memory, get("/health", *headers, version=version) + HEALTH)
 
@@ -1091,9 +1073,7 @@ LENGTHS = [b"+2", b"-2", b"", b" ", b"0x2", b"2.0", b"2 2", b"2,2", b"2;", b"1_0
     ]),
     (get("/\0"), "GET"), (b"\x16\x03\x01\x02\0\r\n\r\n", ""),
 ])  # fmt: skip
-def test_what_is_not_strictly_http_is_refused_and_the_connection_closed(
-    on_memory: Daemon, request_: bytes, shown: str
-) -> None:
+def test_what_is_not_strictly_http_ends_the_connection(on_memory: Daemon, request_: bytes, shown: str) -> None:
     client = Talk(on_memory, request_ + HEALTH)  # the second one might be smuggled
 
     answer = client.answer()
@@ -1123,7 +1103,7 @@ def head_of(size: int, headers: int = 2) -> bytes:
     (get("/" + "x" * (KIB64 - 27)), 404), (get("/" + "x" * (KIB64 - 22)), 431), (get("/" + "x" * 500_000), 431),
 ], ids=lambda value: len(value) if isinstance(value, bytes) else value)  # fmt: skip
 @pytest.mark.parametrize("last_packet", [0, 2])
-def test_a_head_of_64_kib_and_100_headers_is_served_and_a_larger_one_is_431(
+def test_a_head_of_more_than_64_kib_or_100_headers_is_431(
     on_memory: Daemon, head: bytes, status: int, last_packet: int
 ) -> None:
     client = Talk(on_memory, head[: len(head) - last_packet])
@@ -1254,17 +1234,11 @@ def test_trickling_connections_do_not_delay_others(start: Start) -> None:
     assert {client.answer().status for client in clients} == {404}
 
 
-@contextlib.contextmanager
-def many_files() -> Iterator[None]:
-    """This process, and what it starts, may open 8,192 files."""
+def test_two_thousand_connections_are_served_within_128_mib(start: Start, key: str) -> None:
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(limits[0], 8192), max(limits[1], 8192)))
-    yield
-    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-
-
-def test_two_thousand_connections_are_served_within_128_mib(start: Start, key: str) -> None:
-    with many_files(), contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
         daemon = start("mock")
         clients = [stack.enter_context(contextlib.closing(Talk(daemon))) for _ in range(2000)]
         for client in clients:
@@ -1308,9 +1282,7 @@ def test_a_daemon_out_of_descriptors_serves_again_when_some_are_free(start: Star
     assert daemon.stop() == 0
 
 
-def test_a_shortage_of_descriptors_is_not_blamed_on_etcd_and_stops_no_keepalive(
-    start: Start, etcd: Etcd, key: str
-) -> None:
+def test_a_shortage_of_descriptors_is_not_blamed_on_etcd_and_ends_no_lock(start: Start, etcd: Etcd, key: str) -> None:
     daemon = start(etcd.url, ETCD_TIMEOUT="2s")
     lease = daemon.acquire(key).text.encode()
     holder, *others = [Talk(daemon, HEALTH) for _ in range(9)]
@@ -1464,9 +1436,7 @@ def test_a_lease_id_is_taken_in_every_form(daemon: Daemon, key: str, form: str) 
     ]),
 ], ids=lambda value: ascii(value)[:40])  # fmt: skip
 @pytest.mark.parametrize("method, path", [("POST", "/keepalive"), ("DELETE", "/lease")])
-def test_what_is_no_living_lease_is_said_to_be_so(
-    daemon: Daemon, method: str, path: str, body: str, status: int
-) -> None:
+def test_what_is_no_living_lease_is_told_so(daemon: Daemon, method: str, path: str, body: str, status: int) -> None:
     answer = daemon.request(method, path, body.encode())
 
     assert answer.status == status
@@ -1575,7 +1545,7 @@ def test_the_fencing_token_is_constant_while_held_and_larger_for_the_next(daemon
 
 
 @pytest.mark.parametrize("storage", ["mock", "etcd"])
-def test_of_many_racing_clients_one_a_key_is_granted_and_losers_leave_no_lease(
+def test_of_many_racing_clients_only_one_a_key_gets_a_lease(
     own_etcd: Etcd, start: Start, key: str, storage: str
 ) -> None:
     daemon = start("mock" if storage == "mock" else own_etcd.url, ETCD_TIMEOUT="20s")
@@ -1601,7 +1571,7 @@ def test_a_key_without_a_lease_counts_as_held(on_etcd: Daemon, etcd: Etcd, key: 
 
 @pytest.mark.parametrize("foreign", [b"/registry/pods/x", b"/shared-lock", b"/shared-locks/x", b"\xff\x00"])
 @pytest.mark.parametrize("ours", [True, False])
-def test_a_release_never_touches_a_lease_that_holds_what_is_not_ours(
+def test_a_lease_that_holds_foreign_keys_is_never_ended(
     on_etcd: Daemon, etcd: Etcd, key: str, foreign: bytes, ours: bool
 ) -> None:
     lease = on_etcd.acquire(key).text if ours else etcd.call("/lease/grant", {"TTL": 60})["ID"]
@@ -1613,7 +1583,7 @@ def test_a_release_never_touches_a_lease_that_holds_what_is_not_ours(
     assert on_etcd.acquire(key).status == (202 if ours else 201)
 
 
-def test_a_release_never_touches_a_lease_without_keys(on_etcd: Daemon, etcd: Etcd) -> None:
+def test_a_lease_without_keys_is_never_ended(on_etcd: Daemon, etcd: Etcd) -> None:
     lease = etcd.call("/lease/grant", {"TTL": 60})["ID"]
 
     assert on_etcd.release(lease).status == 204
@@ -1676,9 +1646,7 @@ def test_a_waiter_is_served_when_the_lock_is_released(daemon: Daemon, key: str, 
     assert daemon.token(key) == answer.token > holder.token
 
 
-def test_a_waiter_is_served_when_another_replica_releases(
-    on_etcd: Daemon, etcd: Etcd, key: str, start: Start, pool: Pool
-) -> None:
+def test_a_waiter_is_served_by_any_replica(on_etcd: Daemon, etcd: Etcd, key: str, start: Start, pool: Pool) -> None:
     lease = on_etcd.acquire(key).text
     [waiter] = waiters(pool, start(etcd.url), key)
 
@@ -1755,9 +1723,7 @@ def test_of_twenty_waiters_each_is_served(daemon: Daemon, key: str, pool: Pool) 
     assert time.monotonic() - started < 4  # each is woken by the release before it, and does not sleep until it looks
 
 
-def test_twenty_waiters_cost_etcd_a_few_reads_a_second_and_nothing_else(
-    on_etcd: Daemon, etcd: Etcd, key: str, pool: Pool
-) -> None:
+def test_twenty_waiters_cost_etcd_a_few_reads_a_second(on_etcd: Daemon, etcd: Etcd, key: str, pool: Pool) -> None:
     lease = on_etcd.acquire(key).text
     line = waiters(pool, on_etcd, key, 20, "5s")
     before = calls(etcd)
@@ -1796,7 +1762,7 @@ def cached(folder: Path, etcd: Etcd) -> Iterator[Daemon]:
 
 
 @pytest.mark.parametrize("taken_here", [True, False])
-def test_a_key_known_to_be_held_is_refused_without_asking_etcd(
+def test_a_key_known_to_be_held_costs_etcd_nothing(
     on_etcd: Daemon, cached: Daemon, etcd: Etcd, key: str, taken_here: bool
 ) -> None:
     (cached if taken_here else on_etcd).acquire(key)
@@ -1825,7 +1791,7 @@ def test_a_204_and_a_release_through_this_replica_are_heeded_at_once(
     assert cached.acquire(key).status == (202 if status == 200 and ask is Daemon.keep_alive else 201)
 
 
-def test_a_cached_refusal_lasts_no_longer_than_the_holder_though_the_asker_has_a_long_ttl(
+def test_a_cached_refusal_lasts_as_long_as_the_holder_and_not_the_asker(
     on_etcd: Daemon, cached: Daemon, key: str
 ) -> None:
     lease = on_etcd.acquire(key, "2s").text
@@ -1853,11 +1819,10 @@ def test_the_least_recently_used_key_leaves_a_full_cache(cached: Daemon, etcd: E
 class LateRead:
     """A replica with a cache reads that another holds the key, and gets its ttl only when the test says so."""
 
-    def __init__(self, cached: Daemon, other: Daemon, proxy: Proxy, key: str, pool: Pool) -> None:
-        self.lease = other.acquire(key).text
-        proxy.go_on.clear()
+    def __init__(self, daemon: Daemon, proxy: Proxy, pool: Pool, key: str) -> None:
+        self.daemon, self._proxy = daemon, proxy
         proxy.rule = ("/v3/lease/timetolive", "wait", 1)
-        self._proxy, self._answer = proxy, pool.submit(cached.acquire, key)
+        self._answer = pool.submit(daemon.acquire, key)
         eventually(lambda: ("/v3/lease/timetolive", "wait") in proxy.seen)
 
     def arrives(self) -> None:
@@ -1866,47 +1831,38 @@ class LateRead:
 
 
 @pytest.fixture
-def behind_proxy(start: Start, proxy: Proxy) -> Daemon:
-    """A replica with a cache that asks etcd through the proxy."""
-    return start(proxy.url, CACHE_ENABLED="true")
+def held(on_etcd: Daemon, key: str) -> str:
+    """The lease that holds the key, by another replica."""
+    return on_etcd.acquire(key).text
 
 
-def test_a_refusal_that_a_release_overtook_is_not_remembered(
-    behind_proxy: Daemon, on_etcd: Daemon, proxy: Proxy, key: str, pool: Pool
-) -> None:
-    late = LateRead(behind_proxy, on_etcd, proxy, key, pool)
+@pytest.fixture
+def late(held: str, start: Start, proxy: Proxy, pool: Pool, key: str) -> LateRead:
+    return LateRead(start(proxy.url, CACHE_ENABLED="true"), proxy, pool, key)
 
-    assert behind_proxy.release(late.lease).status == 200
+
+def test_a_refusal_that_a_release_overtook_is_not_remembered(held: str, late: LateRead, key: str) -> None:
+    assert late.daemon.release(held).status == 200
     late.arrives()
 
-    assert behind_proxy.acquire(key).status == 201
+    assert late.daemon.acquire(key).status == 201
 
 
-def test_what_was_read_of_an_earlier_holder_never_replaces_what_is_known_of_a_later_one(
-    behind_proxy: Daemon, on_etcd: Daemon, proxy: Proxy, key: str, pool: Pool
-) -> None:
-    late = LateRead(behind_proxy, on_etcd, proxy, key, pool)
-
-    on_etcd.release(late.lease)
-    second = behind_proxy.acquire(key)
+def test_an_older_read_never_replaces_a_newer_one(held: str, late: LateRead, on_etcd: Daemon, key: str) -> None:
+    on_etcd.release(held)
+    second = late.daemon.acquire(key)
     late.arrives()
-    released = behind_proxy.release(second.text)
+    released = late.daemon.release(second.text)
 
-    assert (second.status, released.status) == (201, 200)
-    assert behind_proxy.acquire(key).status == 201
+    assert (second.status, released.status, late.daemon.acquire(key).status) == (201, 200, 201)
 
 
-def test_keepalives_of_leases_that_nobody_has_cost_others_no_hit(
-    behind_proxy: Daemon, on_etcd: Daemon, proxy: Proxy, key: str, pool: Pool
-) -> None:
-    late = LateRead(behind_proxy, on_etcd, proxy, key, pool)
-
-    gone = behind_proxy.keep_alive("17")
+def test_keepalives_of_leases_that_nobody_has_cost_others_no_hit(late: LateRead, proxy: Proxy, key: str) -> None:
+    gone = late.daemon.keep_alive("17")
     late.arrives()
     asked = len(proxy.seen)
 
-    assert (gone.status, behind_proxy.acquire(key).status) == (204, 202)
-    assert len(proxy.seen) == asked
+    assert (gone.status, late.daemon.acquire(key).status, len(proxy.seen)) == (204, 202, asked)
 
 
 @pytest.mark.parametrize("renewed", [False, True])
@@ -2139,9 +2095,7 @@ def test_keepalives_in_one_call_are_all_answered(gateway: shared_lock.Gateway, c
         assert gateway.keep_alive([*leases, unknown], soon()) == [60] * (count - 1) + [0]
 
 
-def test_of_two_claims_of_one_key_in_one_call_the_first_wins(
-    gateway: shared_lock.Gateway, etcd: Etcd, key: str
-) -> None:
+def test_of_two_claims_of_a_key_in_one_call_the_first_wins(gateway: shared_lock.Gateway, etcd: Etcd, key: str) -> None:
     a, b, c, d = granted(gateway, 4)
     names = [key, key + " another", key, key + " held"]
     held = gateway.claim([shared_lock.Claim(names[3], "", d)], soon())
@@ -2156,49 +2110,39 @@ def test_of_two_claims_of_one_key_in_one_call_the_first_wins(
     assert gateway.holders([key, key + " free", key], soon()) == [holders[0], None, holders[0]]
 
 
-GRANT_TAKEN = "etcdserver: lease already exists"
-NO_LEADER = "etcdserver: no leader"
+@pytest.mark.parametrize("shape", [
+    '{"error":M,"message":M,"code":C}', '{"error":M,"code":C}',  # 3.4.23 and 3.5
+    '{"code":C,"message":M}', '{"code":C,"message":M,"details":[]}',  # 3.6
+    '{"error":{"grpc_code":C,"http_code":503,"message":M}}', '{"error":{"code":C,"message":M}}',  # a stream: 3.5, 3.6
+])  # fmt: skip
+@pytest.mark.parametrize("status, code, message, kind", [
+    (404, 5, "requested lease not found", "Refused"), (412, 9, "lease already exists", "Refused"),
+    (400, 9, "lease already exists", "Refused"), (400, 11, "too large lease TTL", "Refused"),
+    (400, 3, "request is too large", "Refused"), (429, 8, "mvcc: database space exceeded", "Refused"),
+    (403, 7, "permission denied", "Refused"), (401, 16, "invalid auth token", "Refused"),
+    (503, 14, "no leader", "StorageError"), (503, 14, "request timed out", "OutcomeUnknown"),
+    (503, 14, "leader changed", "OutcomeUnknown"), (500, 2, "not a primary lessor", "OutcomeUnknown"),
+    (504, 4, "context deadline exceeded", "OutcomeUnknown"),
+])  # fmt: skip
+def test_every_shape_of_error_is_understood(shape: str, status: int, code: int, message: str, kind: str) -> None:
+    text = shape.replace("C", str(code)).replace("M", f'"etcdserver: {message}"')
+
+    fault = shared_lock.classify(200 if '"error":{' in shape else status, text)
+
+    assert (type(fault).__name__.replace("Unavailable", "StorageError"), message in str(fault)) == (kind, True)
 
 
-@pytest.mark.parametrize(
-    ("status", "text", "kind", "shown"),
-    [
-        # as captured from 3.4.23 and 3.5
-        (404, '{"error":"M","code":5,"message":"etcdserver: requested lease not found"}', "Refused", "lease not found"),
-        (412, f'{{"error":"{GRANT_TAKEN}","message":"{GRANT_TAKEN}","code":9}}', "Refused", "already exists"),
-        (400, f'{{"error":"{GRANT_TAKEN}","message":"{GRANT_TAKEN}","code":9}}', "Refused", "already exists"),
-        (400, '{"error":"etcdserver: too large lease TTL","code":11}', "Refused", "too large lease TTL"),
-        (400, '{"error":"etcdserver: request is too large","code":3}', "Refused", "too large"),
-        (429, '{"error":"etcdserver: mvcc: database space exceeded","code":8}', "Refused", "space exceeded"),
-        (403, '{"error":"etcdserver: permission denied","code":7}', "Refused", "permission denied"),
-        (401, '{"error":"etcdserver: invalid auth token","code":16}', "Refused", "invalid auth token"),
-        (503, f'{{"error":"{NO_LEADER}","code":14}}', "Unavailable", "no leader"),
-        (503, '{"error":"etcdserver: request timed out","code":14}', "OutcomeUnknown", "timed out"),
-        (503, '{"error":"etcdserver: leader changed","code":14}', "OutcomeUnknown", "leader changed"),
-        (500, '{"error":"etcdserver: not a primary lessor","code":2}', "OutcomeUnknown", "primary lessor"),
-        (504, '{"error":"context deadline exceeded","code":4}', "OutcomeUnknown", "deadline"),
-        # 3.6, without "error"
-        (503, f'{{"code":14,"message":"{NO_LEADER}"}}', "Unavailable", "no leader"),
-        (429, '{"code":8,"message":"etcdserver: mvcc: database space exceeded","details":[]}', "Refused", "space"),
-        # the stream of keepalive, 3.5 and 3.6
-        (200, f'{{"error":{{"grpc_code":14,"http_code":503,"message":"{NO_LEADER}"}}}}', "Unavailable", "no leader"),
-        (200, '{"error":{"code":14,"message":"etcdserver: request timed out"}}', "OutcomeUnknown", "timed out"),
-        (404, '{"error":{"code":5,"message":"etcdserver: requested lease not found"}}', "Refused", "not found"),
-        # no JSON of etcd at all
-        (404, "404 page not found\n", "Unavailable", "gateway"),
-        (400, "CommonName of client sending a request against gateway will be ignored", "Unavailable", "CommonName"),
-        (502, "<html>\nbad gateway", "OutcomeUnknown", "bad gateway"),
-        (503, "", "OutcomeUnknown", "503"),
-        (500, "null", "OutcomeUnknown", "500"),
-        (500, '{"error": null, "code": "x"}', "OutcomeUnknown", "500"),
-    ],
-)
-def test_every_shape_of_error_is_understood(status: int, text: str, kind: str, shown: str) -> None:
+@pytest.mark.parametrize("status, text, kind, shown", [
+    (404, "404 page not found\n", "StorageError", "gateway"), (503, "", "OutcomeUnknown", "503"),
+    (400, "CommonName of client sending a request against gateway will be ignored", "StorageError", "CommonName"),
+    (502, "<html>\nbad gateway", "OutcomeUnknown", "bad gateway"), (500, "null", "OutcomeUnknown", "500"),
+    (500, '{"error": null, "code": "x"}', "OutcomeUnknown", "500"),
+])  # fmt: skip
+def test_an_error_that_is_not_of_etcd_is_understood(status: int, text: str, kind: str, shown: str) -> None:
     fault = shared_lock.classify(status, text)
 
-    assert type(fault).__name__ == kind
+    assert (type(fault).__name__.replace("Unavailable", "StorageError"), "\n" in str(fault)) == (kind, False)
     assert shown in str(fault)
-    assert "\n" not in str(fault)
 
 
 @pytest.mark.parametrize("says, fault", [
@@ -2518,7 +2462,7 @@ def test_what_is_wrong_with_tls_is_one_understandable_line_and_a_500(
     assert re.search(f"member={endpoint} reason=.*{words}", line), line
 
 
-def test_certificates_replaced_under_the_running_daemon_are_used(
+def test_certificates_are_read_again_when_replaced(
     tls_etcd: Etcd, pki: Pki, start: Start, key: str, tmp_path: Path
 ) -> None:
     mine = shutil.copytree(pki.strangers, tmp_path / "mine")
@@ -2806,9 +2750,7 @@ def test_help_names_every_variable_and_a_wrong_command_shows_the_usage() -> None
     (socket.AF_INET, "127.0.0.1", "127.0.0.1"), (socket.AF_INET, "", ""), (socket.AF_INET6, "::", ""),
     (socket.AF_INET, "127.0.0.1", ""),
 ])  # fmt: skip
-def test_a_port_that_is_taken_ends_the_start_with_status_1_and_one_line(
-    family: socket.AddressFamily, taken: str, host: str
-) -> None:
+def test_a_port_that_is_taken_is_status_1_and_one_line(family: socket.AddressFamily, taken: str, host: str) -> None:
     with socket.create_server((taken, 0), family=family) as other:
         port = str(other.getsockname()[1])
         ended = run_module(SERVE, STORAGE_TYPE="mock", SERVER_HOST=host, SERVER_PORT=port)
@@ -2859,9 +2801,7 @@ def test_it_starts_where_it_may_not_choose_its_cpu(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stop_loses_no_request_and_every_answer_says_that_the_connection_ends(
-    start: Start, key: str, pool: Pool, number: int
-) -> None:
+def test_a_stop_loses_no_request_and_answers_tell_of_it(start: Start, key: str, pool: Pool, number: int) -> None:
     daemon = start("mock", SERVER_SHUTDOWN_TIMEOUT="30s")
     silent, late = ([Talk(daemon, HEALTH) for _ in range(10)] for _ in range(2))
     assert {client.answer().status for client in (*silent, *late)} == {200}
@@ -3239,9 +3179,7 @@ def test_clients_are_served_again_within_seconds_of_the_loss_of_a_member(
         cluster.heal()
 
 
-def test_with_the_quorum_lost_answers_say_what_is_known_and_service_returns_with_it(
-    cluster: Cluster, start: Start, key: str
-) -> None:
+def test_without_a_quorum_answers_say_what_is_known(cluster: Cluster, start: Start, key: str) -> None:
     daemon = start(cluster.urls, ETCD_TIMEOUT="1s")
     lease = daemon.acquire(key, "120s").text
 
@@ -3290,9 +3228,7 @@ def test_while_every_member_is_restarted_in_turn_nothing_is_lost(cluster: Cluste
     assert daemon.release(lock.text).status == 200
 
 
-def test_a_frozen_member_is_tried_again_off_the_path_and_used_when_it_is_well(
-    cluster: Cluster, start: Start, key: str
-) -> None:
+def test_a_frozen_member_is_used_again_when_it_is_well(cluster: Cluster, start: Start, key: str) -> None:
     victim = cluster.follower()
     daemon = start_on(start, cluster, victim)
 
@@ -3335,9 +3271,7 @@ def test_a_call_that_breaks_is_repeated_and_the_lock_is_ours_with_one_lease(
 
 
 @pytest.mark.parametrize("action", ACTIONS)
-def test_keepalive_and_release_are_repeated_as_well(
-    etcd: Etcd, proxy: Proxy, start: Start, key: str, action: str
-) -> None:
+def test_keepalive_and_release_are_repeated_too(etcd: Etcd, proxy: Proxy, start: Start, key: str, action: str) -> None:
     daemon = start(proxy.url, ETCD_TIMEOUT="5s" if action != "late" else f"{Proxy.LATE_SECONDS * 1.6}s")
     lease = daemon.acquire(key).text
 
@@ -3367,11 +3301,10 @@ def test_a_claim_is_only_sent_once_its_lease_is_granted(proxy: Proxy, start: Sta
     assert proxy.seen[seen:] == [("/v3/kv/range", ""), ("/v3/lease/grant", "hold"), ("/v3/kv/txn", "")]
 
 
-def test_a_claim_whose_lease_has_ended_costs_those_beside_it_nothing(
+def test_a_claim_whose_lease_has_ended_harms_no_other(
     etcd: Etcd, proxy: Proxy, start: Start, key: str, pool: Pool
 ) -> None:
     daemon, before = start(proxy.url, ETCD_TIMEOUT="6s"), etcd.leases()
-    proxy.go_on.clear()
     proxy.rules(("/v3/kv/txn", "wait", 1), ("/v3/kv/txn", "hold", 10**6))  # HOLD_SECONDS each: too slow for one by one
     callers = [pool.submit(daemon.acquire, key)]
     eventually(lambda: ("/v3/kv/txn", "wait") in proxy.seen)
