@@ -585,6 +585,11 @@ def soon() -> float:
     return time.monotonic() + 10
 
 
+def take(storage: Any, key: str, ttl: int = 10, value: str = "v") -> Any:
+    """What a storage, or a service in front of it, answers to who asks for this lock."""
+    return storage.acquire(key, value, ttl)
+
+
 class Clock:
     """time.monotonic for tests that own the time: it goes on by itself, and jumps when told to."""
 
@@ -1863,7 +1868,7 @@ def test_a_cached_refusal_lasts_as_long_as_the_holder_has_left(monkeypatch: pyte
     monkeypatch.setattr(time, "monotonic", clock)
     storage = shared_lock.MemoryStorage(clock)
     service = shared_lock.LockService(storage, metrics, shared_lock.Cache(10, metrics, clock))
-    lease = service.acquire("k", "", 10).lease
+    lease = take(service, "k").lease
     if renewed:
         clock.ahead = 8
         service.renew(lease)
@@ -1871,10 +1876,10 @@ def test_a_cached_refusal_lasts_as_long_as_the_holder_has_left(monkeypatch: pyte
     ends = 18 if renewed else 10
 
     clock.ahead = ends - 0.5
-    assert isinstance(service.acquire("k", "", 3600), shared_lock.Holder)
+    assert isinstance(take(service, "k", 3600), shared_lock.Holder)
 
     clock.ahead = ends + 0.1
-    assert isinstance(service.acquire("k", "", 3600), shared_lock.Grant)
+    assert isinstance(take(service, "k", 3600), shared_lock.Grant)
 
 
 # == Storage in memory ===============================================================================================
@@ -1888,30 +1893,29 @@ def entries(storage: shared_lock.MemoryStorage) -> int:
 def test_in_memory_a_lock_lasts_for_its_ttl_and_no_longer() -> None:
     clock = Clock()
     storage = shared_lock.MemoryStorage(clock)
-    first = storage.acquire("k", "v", 10)
+    first = take(storage, "k")
 
     clock.ahead = 9.5
-    held = storage.acquire("k", "", 10)
+    held = take(storage, "k")
     clock.ahead = 10.1
-    free, second = storage.look("k"), storage.acquire("k", "", 10)
+    free, second = storage.look("k"), take(storage, "k")
 
-    assert isinstance(held, shared_lock.Holder) and held.lease == first.lease
-    assert free is None
-    assert isinstance(second, shared_lock.Grant) and second.token > first.token
-    assert (storage.renew(first.lease), storage.describe(first.lease)) == (0, None)
+    assert isinstance(held, shared_lock.Holder) and isinstance(second, shared_lock.Grant)
+    assert (held.lease, held.token, free) == (first.lease, first.token, None)
+    assert second.token > first.token
+    assert storage.renew(first.lease) == 0
 
 
 def test_in_memory_each_renewal_starts_the_ttl_again() -> None:
     clock = Clock()
     storage = shared_lock.MemoryStorage(clock)
-    lease = storage.acquire("k", "v", 10).lease
+    lease = take(storage, "k").lease
 
     for clock.ahead in (9, 18, 27):
         assert storage.renew(lease) == 10
     clock.ahead = 36.5
-    info, holder = storage.describe(lease), storage.look("k")
+    holder = storage.look("k")
 
-    assert info and info[:2] == (0, 10)
     assert holder and (holder.lease, holder.value) == (lease, b"v")
     clock.ahead = 37.1
     assert storage.look("k") is None
@@ -1923,7 +1927,7 @@ def test_memory_shrinks_when_locks_end(released: bool) -> None:
     storage = shared_lock.MemoryStorage(clock)
 
     for number in range(1000):
-        lease = storage.acquire(f"k{number}", "v", 86_400 if released else 1 + number % 50).lease
+        lease = take(storage, f"k{number}", 86_400 if released else 1 + number % 50).lease
         storage.renew(lease)
         if released:
             storage.release(lease)
@@ -1936,7 +1940,7 @@ def test_memory_shrinks_when_locks_end(released: bool) -> None:
 def test_in_memory_leases_are_random_and_tokens_grow() -> None:
     storage = shared_lock.MemoryStorage(Clock())
 
-    grants = [storage.acquire(f"k{number}", "", 10) for number in range(200)]
+    grants = [take(storage, f"k{number}") for number in range(200)]
 
     leases = [grant.lease for grant in grants]
     assert len(set(leases)) == 200 and leases != sorted(leases)
@@ -1961,7 +1965,7 @@ class Scripted:
     def get_url(self, path: str) -> str:
         return path
 
-    def post(self, url: str, *, json: Any, deadline: float, **_: object) -> Any:
+    def post(self, url: str, json: Any, deadline: float) -> Any:
         path = next(path for path in self.script if url.endswith(path))
         self.asked.append((path, json))
         step = self.script[path]
@@ -1973,6 +1977,14 @@ class Scripted:
 
     def of(self, path: str) -> list[Any]:
         return [json for asked, json in self.asked if asked == path]
+
+
+def gateway_on(client: Any) -> shared_lock.Gateway:
+    return shared_lock.Gateway(client)
+
+
+def grant(gateway: shared_lock.Gateway, lease: int) -> int:
+    return gateway.grant((lease, 60), soon())
 
 
 def renewed_but(*omitted: int) -> Callable[[Any, float], Any]:
@@ -1989,7 +2001,7 @@ def renewed_but(*omitted: int) -> Callable[[Any, float], Any]:
 def test_answers_to_keepalives_are_matched_by_id() -> None:
     client = Scripted({"/lease/keepalive": renewed_but(5)})
 
-    answers = shared_lock.Gateway(client).keep_alive([1, 2, 5, 3, 1], soon())
+    answers = gateway_on(client).keep_alive([1, 2, 5, 3, 1], soon())
 
     assert answers[:2] + answers[3:] == [10, 0, 30, 10]
     assert isinstance(answers[2], shared_lock.StorageError)
@@ -1998,7 +2010,7 @@ def test_answers_to_keepalives_are_matched_by_id() -> None:
 def test_a_keepalive_whose_answer_is_missing_is_repeated() -> None:
     client = Scripted({"/lease/keepalive": [renewed_but(7), renewed_but(7), renewed_but()]})
 
-    assert shared_lock.EtcdStorage(shared_lock.Gateway(client), 5).renew(7) == 70
+    assert shared_lock.EtcdStorage(gateway_on(client), 5).renew(7) == 70
 
     assert len(client.asked) == 3
 
@@ -2006,7 +2018,7 @@ def test_a_keepalive_whose_answer_is_missing_is_repeated() -> None:
 def test_a_lost_claim_whose_holder_cannot_be_read_is_unknown_since_an_earlier_try_may_have_won() -> None:
     client = Scripted({"/kv/txn": {"header": {"revision": "7"}}, "/kv/range": shared_lock.StorageError("no leader")})
 
-    (outcome,) = shared_lock.Gateway(client).claim([shared_lock.Claim("k", "", 5)], soon())
+    (outcome,) = gateway_on(client).claim([shared_lock.Claim("k", "", 5)], soon())
 
     assert type(outcome) is shared_lock.OutcomeUnknown
 
@@ -2016,12 +2028,12 @@ def test_a_lease_that_ended_between_two_tries_to_get_it_is_not_granted() -> None
     client = Scripted({"/lease/grant": taken, "/lease/timetolive": {"TTL": "-1"}})
 
     with pytest.raises(shared_lock.Refused, match="ended before it was used"):
-        shared_lock.Gateway(client).grant((5, 60), soon())
+        grant(gateway_on(client), 5)
 
 
 def test_a_revoke_that_is_refused_for_another_reason_than_a_lease_that_is_gone_is_an_error() -> None:
     refusals = [shared_lock.Refused("not found", 5), shared_lock.Refused("permission denied", 7)]
-    gateway = shared_lock.Gateway(Scripted({"/lease/revoke": refusals}))
+    gateway = gateway_on(Scripted({"/lease/revoke": refusals}))
 
     gateway.revoke(5, soon())
     with pytest.raises(shared_lock.Refused, match="permission denied"):
@@ -2040,12 +2052,12 @@ def grants(asked: dict[str, int], deadline: float) -> dict[str, str]:
 def test_leases_that_cannot_be_ended_wait_in_one_thread_and_are_ended_when_etcd_is_well() -> None:
     script = {"/kv/range": {}, "/lease/grant": grants, "/kv/txn": times_out, "/lease/revoke": times_out}
     client = Scripted(script)
-    storage = shared_lock.EtcdStorage(shared_lock.Gateway(client), timeout=0.02)
+    storage = shared_lock.EtcdStorage(gateway_on(client), timeout=0.02)
     threads = threading.active_count()
 
     for number in range(50):
         with pytest.raises(shared_lock.OutcomeUnknown):
-            storage.acquire(f"k{number}", "", 3600)
+            take(storage, f"k{number}", 3600)
     more_threads, tries = threading.active_count() - threads, len(client.of("/lease/revoke"))
     client.script["/lease/revoke"] = {}
     granted = {asked["ID"] for asked in client.of("/lease/grant")}
@@ -2060,7 +2072,7 @@ def test_a_claim_that_etcd_refuses_is_not_acquired_once_its_lease_is_ended() -> 
     client = Scripted({"/kv/range": {}, "/lease/grant": grants, "/kv/txn": refusal, "/lease/revoke": {}})
 
     with pytest.raises(shared_lock.StorageError, match="no space") as caught:
-        shared_lock.EtcdStorage(shared_lock.Gateway(client), timeout=5).acquire("k", "", 60)
+        take(shared_lock.EtcdStorage(gateway_on(client), timeout=5), "k")
 
     assert not isinstance(caught.value, shared_lock.OutcomeUnknown)
     assert [asked["ID"] for asked in client.of("/lease/revoke")] == [asked["ID"] for asked in client.of("/lease/grant")]
@@ -2075,7 +2087,7 @@ def gateway(etcd: Etcd) -> shared_lock.Gateway:
 
 def granted(gateway: shared_lock.Gateway, count: int) -> list[int]:
     leases = [shared_lock.new_lease_id() for _ in range(count)]
-    assert [gateway.grant((lease, 60), soon()) for lease in leases] == [60] * count
+    assert [grant(gateway, lease) for lease in leases] == [60] * count
     return leases
 
 
@@ -2391,7 +2403,7 @@ def test_replicas_that_start_together_do_not_all_begin_with_the_same_member(etcd
     config = shared_lock.Config.from_env({"SHARED_LOCK_ETCD_ADDR_LIST": ",".join(proxy.url for proxy in proxies)})
 
     for number in range(20):
-        assert isinstance(shared_lock.open_storage(config).acquire(f"{key}-{number}", "", 2), shared_lock.Grant)
+        assert isinstance(take(shared_lock.open_storage(config), f"{key}-{number}", 2), shared_lock.Grant)
 
     assert all(("/v3/lease/grant", "") in proxy.seen for proxy in proxies)
     for proxy in proxies:
