@@ -1368,14 +1368,14 @@ def test_a_defect_of_ours_is_answered_and_logged_in_a_line(start: Start) -> None
 
 
 @pytest.mark.parametrize("text", [
-    '{"key": KEY}', '{"key": KEY, "value": "v", "labels": {"a": "b"}, "timestamp": "2026-11-23T03:21:00Z"}',
-    '{"key": KEY, "labels": [5], "timestamp": {}}', '{"key": KEY, "labels": "a", "timestamp": 5, "value": null}',
-    ' \r\n\t{"key":KEY}\n', '{"key": KEY, "other": [1, {"a": null}], "Lease": 1.5}',
-    '{"key": KEY, "huge": %s}' % ("9" * 5000), '{"key": KEY, "value": "\\ud83d\\udd12"}',
-    '{"Key": KEY, "VALUE": "v"}', '{"KEY": "other", "kEy": KEY}', '{"key": "other", "Key": KEY}', '{"\u212aey": KEY}',
+    '{"key": @}', '{"key": @, "value": "v", "labels": {"a": "b"}, "timestamp": "2026-11-23T03:21:00Z"}',
+    '{"key": @, "labels": [5], "timestamp": {}}', '{"key": @, "labels": "a", "timestamp": 5, "value": null}',
+    ' \r\n\t{"key":@}\n', '{"key": @, "other": [1, {"a": null}], "Lease": 1.5}',
+    '{"key": @, "huge": %s}' % ("9" * 5000), '{"key": @, "value": "\\ud83d\\udd12"}',
+    '{"Key": @, "VALUE": "v"}', '{"KEY": "other", "kEy": @}', '{"key": "other", "Key": @}', '{"\u212aey": @}',
 ])  # fmt: skip
 def test_a_json_object_with_a_key_asks_for_a_lock(daemon: Daemon, key: str, text: str) -> None:
-    answer = daemon.request("POST", "/lease", text.replace("KEY", json.dumps(key)).encode())
+    answer = daemon.request("POST", "/lease", text.replace("@", json.dumps(key)).encode())
 
     assert (answer.status, answer.headers["x-lease-ttl"]) == (201, "10s")
     assert daemon.token(key) == answer.token
