@@ -504,31 +504,25 @@ class Proxy:
         with contextlib.suppress(OSError), client, socket.create_connection(self._target) as etcd:
             requests, answers, spoiled = client.makefile("rb"), etcd.makefile("rb"), False
             while request := self._read(requests):
-                path = request.split(b" ", 2)[1].decode()
-                action = self._note(path, spoiled)
+                action = self._note(request.split(b" ", 2)[1].decode(), spoiled)
                 if action == "drop-request":
-                    client.shutdown(socket.SHUT_RDWR)
-                    return
+                    break
                 if own := self.OWN_ANSWERS.get(action):
                     answer = f"HTTP/1.1 503 Service Unavailable\r\nContent-Length: {len(own)}\r\n\r\n{own}".encode()
                 else:
-                    if action == "hold":
-                        time.sleep(self.HOLD_SECONDS)
+                    time.sleep(self.HOLD_SECONDS if action == "hold" else 0)
                     etcd.sendall(request)
                     answer = self._read(answers)
                 if not answer or action == "drop-answer":
-                    client.shutdown(socket.SHUT_RDWR)
-                    return
-                if action == "cut":
-                    client.sendall(answer[:-5])
-                    client.shutdown(socket.SHUT_RDWR)
-                    return
-                if action == "late":
-                    time.sleep(self.LATE_SECONDS)
+                    break
+                time.sleep(self.LATE_SECONDS if action == "late" else 0)
                 if action == "wait":
                     self.go_on.wait(30)
-                client.sendall(answer + (b"surplus" if action == "surplus" else b""))
+                client.sendall({"cut": answer[:-5], "surplus": answer + b"surplus"}.get(action, answer))
+                if action == "cut":
+                    break
                 spoiled = spoiled or action not in ("", "hold", "wait")
+            client.shutdown(socket.SHUT_RDWR)
 
     def _note(self, path: str, spoiled: bool) -> str:
         with self._mutex:
@@ -3114,7 +3108,7 @@ def start_on(start: Start, cluster: Cluster, member: Etcd) -> Daemon:
     """A daemon that has picked this member of the cluster to begin with; which it picks is left to chance."""
     for number in range(40):
         daemon, before = start(cluster.urls), calls(member)["LeaseGrant"]
-        daemon.release(daemon.acquire(f"pick-{id(daemon)}-{number}").text)
+        assert daemon.release(daemon.acquire(f"pick-{id(daemon)}-{number}").text).status == 200
         if calls(member)["LeaseGrant"] > before:
             return daemon
         daemon.stop()
