@@ -34,6 +34,7 @@ import shutil
 import signal
 import socket
 import socketserver
+import ssl
 import statistics
 import struct
 import subprocess
@@ -199,6 +200,8 @@ class Answer(NamedTuple):
 class Daemon:
     """`python shared_lock.py serve` as a child process, on a free port."""
 
+    tls: ssl.SSLContext | None = None  # for raw connections to a daemon that wants it
+
     def __init__(
         self, folder: Path, storage: str, /, *, command: Sequence[str] = (), stderr: int | None = None, **env: str
     ) -> None:
@@ -263,7 +266,8 @@ class Daemon:
 
     def connect(self) -> socket.socket:
         """A raw connection, for what a client library would hide."""
-        return socket.create_connection(("127.0.0.1", self.port), timeout=30)
+        sock = socket.create_connection(("127.0.0.1", self.port), timeout=30)
+        return self.tls.wrap_socket(sock, server_hostname="127.0.0.1") if self.tls else sock
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         """This signal, then its exit status."""
@@ -457,7 +461,8 @@ class Proxy:
     `rule` is (path, what to do, how many times), and the next of `rules` is in force once it is used up. To do:
     drop-request, drop-answer (after etcd has committed), cut (an answer in its middle), late (an answer, by
     LATE_SECONDS), wait (an answer, until go_on is set), hold (a request, by HOLD_SECONDS), surplus (bytes after an
-    answer), 503 and no-leader (an answer of our own, etcd is not asked).
+    answer), 503 and no-leader (an answer of our own, etcd is not asked), gone (an answer says that its lease is), and a
+    release of etcd (an answer to /version tells that one).
     """
 
     LATE_SECONDS = 1.3
@@ -467,9 +472,9 @@ class Proxy:
         "no-leader": '{"error":"etcdserver: no leader","message":"etcdserver: no leader","code":14}',
     }
 
-    def __init__(self, etcd: Etcd) -> None:
+    def __init__(self, etcd: Etcd, port: int = 0) -> None:
         self._target = ("127.0.0.1", etcd.port)
-        self._server = socket.create_server(("127.0.0.1", 0))
+        self._server = socket.create_server(("127.0.0.1", port))
         self.url = f"http://127.0.0.1:{self._server.getsockname()[1]}"
         self.go_on = threading.Event()
         self._mutex = threading.Lock()  # owns all below
@@ -512,7 +517,7 @@ class Proxy:
                 else:
                     time.sleep(self.HOLD_SECONDS if action == "hold" else 0)
                     etcd.sendall(request)
-                    answer = self._read(answers)
+                    answer = self._edited(self._read(answers), action)
                 if not answer or action == "drop-answer":
                     break
                 time.sleep(self.LATE_SECONDS if action == "late" else 0)
@@ -521,8 +526,18 @@ class Proxy:
                 client.sendall({"cut": answer[:-5], "surplus": answer + b"surplus"}.get(action, answer))
                 if action == "cut":
                     break
-                spoiled = spoiled or action not in ("", "hold", "wait")
+                spoiled = spoiled or action not in ("", "hold", "wait", "gone")
             client.shutdown(socket.SHUT_RDWR)
+
+    @staticmethod
+    def _edited(answer: bytes, action: str) -> bytes:
+        """An answer that is as long as before."""
+        if action == "gone":  # the ttl has two digits; in an answer to a keepalive it is left out
+            answer = re.sub(rb'"TTL":"..?"', rb'"TTL":"-1"' if b"grantedTTL" in answer else b'"Old":"60"', answer)
+        elif action[:1].isdigit() and action != "503":
+            told = b'"etcdserver":"%s"' % action.encode()
+            answer = re.sub(rb'"etcdserver":"[^"]*"', lambda match: told.ljust(len(match[0])), answer)
+        return answer
 
     def _note(self, path: str, spoiled: bool) -> str:
         with self._mutex:
@@ -826,31 +841,48 @@ def test_a_value_that_cannot_be_used_stops_the_start(name: str, text: str) -> No
 
 
 class Pki(NamedTuple):
-    """Folders with ca.crt, client.crt, client.key: of those who belong, and of strangers with a CA of their own.
+    """Folders with ca.crt, client.crt, client.key, and the same for server: of those who belong, of strangers with a CA
+    of their own, and lax ones without what RFC 5280 wants and nobody but CPython 3.13 asks for.
 
-    Beside them locked.key, which has a password, and garbage.
+    Beside the good ones locked.key, which has a password, and garbage.
     """
 
     good: Path
     strangers: Path
+    lax: Path
 
     def env(self, ca: str = "good", client: str = "good", **files: str) -> dict[str, str]:
         """The variables for these files; `files` are others for single ones, by variable."""
-        folders = {"good": self.good, "strangers": self.strangers}
+        folders = self._asdict()
         names = {"CA_CERT_PATH": (ca, "ca.crt"), "CLIENT_CERT_PATH": (client, "client.crt")}
         names |= {"CLIENT_KEY_PATH": (client, "client.key")} | {name: (client, file) for name, file in files.items()}
         return {"ETCD_TLS": "true", **{name: str(folders[whose] / file) for name, (whose, file) in names.items()}}
+
+    def port(self, client_ca: str = "") -> dict[str, str]:
+        """The variables for TLS on the daemon's own port; `client_ca`, a file, is for callers' certificates."""
+        files = {"CERT_PATH": "server.crt", "KEY_PATH": "server.key", "CLIENT_CA_PATH": client_ca}
+        return {f"SERVER_{name}": str(self.good / file) for name, file in files.items() if file}
+
+    def caller(self, whose: str = "") -> ssl.SSLContext:
+        """What a caller of that port trusts, and shows."""
+        context = ssl.create_default_context(cafile=str(self.good / "ca.crt"))
+        if whose:
+            context.load_cert_chain(*(self._asdict()[whose] / f"client.{kind}" for kind in ("crt", "key")))
+        return context
 
 
 @pytest.fixture(scope="session")
 def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
     """Made with the openssl CLI."""
-    folders = [tmp_path_factory.mktemp(name) for name in ("good", "strangers")]
+    folders = [tmp_path_factory.mktemp(name) for name in ("good", "strangers", "lax")]
     make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
-    make += " -addext keyUsage=critical,digitalSignature,keyCertSign"
+    usage = "-addext keyUsage=critical,digitalSignature,keyCertSign"
+    lax = "-config bare -addext authorityKeyIdentifier=none -addext basicConstraints=CA:"
+    (folders[2] / "bare").write_text("[req]\ndistinguished_name = names\n[names]\n")
     for folder, name in itertools.product(folders, ("ca", "server", "client")):
+        extensions = lax + str(name == "ca").upper() if folder == folders[2] else usage
         signer = "" if name == "ca" else "-CA ca.crt -CAkey ca.key -addext subjectAltName=IP:127.0.0.1"
-        command = f"{make} {signer} -subj /CN={name} -keyout {name}.key -out {name}.crt"
+        command = f"{make} {extensions} {signer} -subj /CN={name} -keyout {name}.key -out {name}.crt"
         subprocess.run(command.split(), cwd=folder, check=True, capture_output=True)
     lock = "openssl pkey -aes128 -passout pass:secret -in client.key -out locked.key"
     subprocess.run(lock.split(), cwd=folders[0], check=True, capture_output=True)
@@ -1277,6 +1309,330 @@ def test_a_shortage_of_descriptors_is_not_blamed_on_etcd_and_ends_no_lock(start:
 
     assert eventually(lambda: daemon.acquire(key + "-after").status == 201)
     assert "etcd member failed" not in daemon.log()
+
+
+# == Tokens: who may ask =============================================================================================
+
+TOKENS = "\n  first-token \n\n\t\nsecond-token\r\n \n"
+
+
+@pytest.fixture(scope="session")
+def guarded(folder: Path) -> Iterator[Daemon]:
+    """A daemon whose callers must show a token."""
+    (folder / "tokens").write_text(TOKENS)
+    with running(folder, "mock", SERVER_TOKEN_PATH=str(folder / "tokens"), DEBUG="true") as daemon:
+        yield daemon
+
+
+def with_token(daemon: Daemon, token: str) -> int:
+    """The status for who shows this token."""
+    return daemon.request("GET", "/lease?prefix=", None, {"Authorization": f"Bearer {token}"}).status
+
+
+@pytest.mark.parametrize("shown", [
+    "Bearer first-token", "bearer second-token", "BEARER \t first-token", "bEaReR second-token ",
+])  # fmt: skip
+def test_who_shows_one_of_the_tokens_may_ask(guarded: Daemon, key: str, shown: str) -> None:
+    lock = guarded.acquire(key, authorization=shown)
+    released = guarded.request("DELETE", "/lease", lock.body, {"authorization": shown})
+
+    assert (lock.status, released.status) == (201, 200)
+
+
+@pytest.mark.parametrize("shown", [
+    None, b"", b"Bearer", b"Bearer ", b"first-token", b"Basic first-token", b"Bearer:first-token", b"Bearer wrong",
+    b"Bearer FIRST-TOKEN", b"Bearer first-toke", b"Bearer first-tokens", b"Bearer first-token second-token",
+    b"Bearer \xff\xfe\x80", "Bearer ключ".encode(), b"Bearer " + b"x" * 50_000,
+    b"Bearer first-token\r\nAuthorization: Bearer first-token",
+], ids=lambda shown: ascii(shown)[:30])  # fmt: skip
+def test_anybody_else_is_401_for_all_but_health_and_readiness(guarded: Daemon, key: str, shown: bytes | None) -> None:
+    header = [] if shown is None else [b"Authorization: " + shown]
+    paths = ["GET /lease?key=x", "DELETE /lease", "POST /keepalive", "GET /metrics", "GET /debug/pprof/", "GET /nowhere"]
+    paths += ["PUT /lease", "GET /health/", "GET //health", "GET /Health", "GET http://x/lease?/health"]
+
+    answers = [talk(guarded, post(lock_body(key), *header))]
+    answers += [talk(guarded, get(path, *header, method=method)) for method, path in map(str.split, paths)]
+    open_to_all = [talk(guarded, get(path, *header)).status for path in ("/health", "/ready", "http://x/ready?a")]
+
+    assert {(answer.status, answer.headers["www-authenticate"]) for answer in answers} == {(401, "Bearer")}
+    one_line(answers[0], "authorization")
+    assert open_to_all == [200, 200, 200]
+    assert guarded.acquire(key, authorization="Bearer first-token").status == 201
+
+
+@pytest.mark.parametrize("announced", [
+    [b"Content-Length: 100"], [b"Transfer-Encoding: chunked"], [b"Content-Length: 100", b"Expect: 100-continue"],
+    [b"Content-Length: 99999999"], [b"Content-Length: no"],
+], ids=len)  # fmt: skip
+def test_401_is_said_before_a_body_is_waited_for_or_looked_at(guarded: Daemon, announced: list[bytes]) -> None:
+    assert talk(guarded, post(b"", b"Authorization: Bearer wrong", *announced)).status == 401
+
+
+def test_no_token_is_logged_or_part_of_an_answer(guarded: Daemon, key: str) -> None:
+    headers = [b"Authorization: Bearer %s", b"Authorization : Bearer %s", b"Authorization: Bearer %s\x01"]
+    headers += [b"Authorization: %s", b"X: 1\r\n Bearer %s"]
+
+    answers = [
+        talk(guarded, get("/lease?key=x", header % token))
+        for header, token in itertools.product(headers, (b"first-token", b"mistyped-token"))
+    ]
+
+    assert {answer.status for answer in answers} == {404, 401, 400}
+    assert not [answer for answer in answers if b"-token" in answer.body]
+    assert "-token" not in guarded.log()
+
+
+def test_a_token_that_is_added_works_within_a_second_and_one_that_is_taken_out_no_longer(
+    start: Start, tmp_path: Path
+) -> None:
+    file = tmp_path / "tokens"
+    file.write_text("old")
+    daemon = start("mock", SERVER_TOKEN_PATH=str(file))
+    found = [[with_token(daemon, token) for token in ("old", "new")]]
+
+    for text in ("old\nnew\n", "new\n"):
+        file.write_text(text)
+        time.sleep(1)
+        found.append([with_token(daemon, token) for token in ("old", "new")])
+
+    assert found == [[200, 401], [200, 200], [401, 200]]
+
+
+def test_tokens_that_are_written_within_one_tick_of_the_clock_are_noticed(start: Start, tmp_path: Path) -> None:
+    """Whoever writes a file in place empties it first, and a request may come in between."""
+    file = tmp_path / "tokens"
+    file.write_text("old")
+    daemon = start("mock", SERVER_TOKEN_PATH=str(file))
+    file.write_text("")
+    emptied = file.stat()
+    assert with_token(daemon, "old") == 200
+
+    file.write_text("new")
+    os.utime(file, ns=(emptied.st_atime_ns, emptied.st_mtime_ns))
+
+    eventually(lambda: (with_token(daemon, "old"), with_token(daemon, "new")) == (401, 200), 2)
+
+
+@pytest.mark.parametrize("harm", [
+    lambda file: file.write_text("\n \t\n"), Path.unlink, lambda file: (file.unlink(), file.mkdir()),
+], ids=["empty", "removed", "a folder"])  # fmt: skip
+def test_renewed_tokens_that_cannot_be_used_leave_the_old_in_force_with_one_warning(
+    start: Start, tmp_path: Path, harm: Callable[[Path], object]
+) -> None:
+    file = tmp_path / "tokens"
+    file.write_text("old")
+    daemon = start("mock", SERVER_TOKEN_PATH=str(file))
+
+    harm(file)
+    statuses = [with_token(daemon, token) for token in ("old", "", "old", "old")]
+    file.rename(tmp_path / "away") if file.exists() else None
+    (tmp_path / "next").write_text("new")
+    (tmp_path / "next").rename(file)
+
+    assert statuses == [200, 401, 200, 200]
+    assert len(re.findall("level=warning .*SHARED_LOCK_SERVER_TOKEN_PATH", daemon.log())) == 1
+    assert (with_token(daemon, "old"), with_token(daemon, "new")) == (401, 200)
+
+
+@pytest.mark.parametrize("env", [
+    {"SERVER_TOKEN_PATH": "/no/such/file"}, {"SERVER_TOKEN_PATH": os.devnull}, {"SERVER_TOKEN_PATH": "/"},
+    {"SERVER_CERT_PATH": "/c"}, {"SERVER_KEY_PATH": "/k"}, {"SERVER_CLIENT_CA_PATH": "/ca"},
+    {"SERVER_CERT_PATH": "/no/such/file", "SERVER_KEY_PATH": "/no/such/file"},
+    {"SERVER_CERT_PATH": __file__, "SERVER_KEY_PATH": __file__},
+    {"ETCD_USERNAME": "root"}, {"ETCD_PASSWORD": "secret"}, {"ETCD_PASSWORD": "secret", "ETCD_USERNAME": ""},
+], ids=lambda env: " ".join(env))  # fmt: skip
+def test_settings_of_who_may_ask_that_cannot_be_used_stop_the_start(env: dict[str, str]) -> None:
+    ended = run_module(SERVE, **{"STORAGE_TYPE": "mock", "SERVER_PORT": "0", **env})
+
+    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
+    assert next(f"SHARED_LOCK_{name}" in ended.stderr for name in env) and "secret" not in ended.stderr
+
+
+# == TLS on the own port =============================================================================================
+
+
+@pytest.fixture
+def start_tls(start: Start, pki: Pki) -> Start:
+    """As start, with TLS on the daemon's port and for our raw connections to it."""
+
+    def start_one(client_ca: str = "", storage: str = "mock", **env: str) -> Daemon:
+        daemon = start(storage, **{**pki.port(client_ca), **env})
+        daemon.tls = pki.caller()
+        return daemon
+
+    return start_one
+
+
+def tcp(daemon: Daemon, data: bytes = b"") -> socket.socket:
+    """A connection that does not shake hands."""
+    sock = socket.create_connection(("127.0.0.1", daemon.port), timeout=30)
+    sock.sendall(data)
+    return sock
+
+
+def test_over_tls_connections_are_kept_and_pipelining_is_answered_in_order(start_tls: Start, key: str) -> None:
+    client = Talk(start_tls(), HEALTH)
+    assert client.answer().status == 200
+
+    client.say(post(lock_body(key)) + post(lock_body(key)) + get("/nowhere"))
+    client.say(post(lock_body(key, KIB64)))
+
+    assert [client.answer().status for _ in range(4)] == [201, 202, 404, 202]
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_1, ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_tls_is_of_version_1_2_or_newer(start_tls: Start, version: ssl.TLSVersion) -> None:
+    daemon = start_tls()
+    assert daemon.tls
+    daemon.tls.set_ciphers("DEFAULT:@SECLEVEL=0")
+    with pytest.warns(DeprecationWarning) if version == ssl.TLSVersion.TLSv1_1 else contextlib.nullcontext():
+        daemon.tls.minimum_version = daemon.tls.maximum_version = version
+
+    with pytest.raises(ssl.SSLError) if version == ssl.TLSVersion.TLSv1_1 else contextlib.nullcontext():
+        assert talk(daemon, HEALTH).status == 200
+
+
+def test_plain_http_to_a_tls_port_is_closed_with_one_debug_line(start_tls: Start) -> None:
+    daemon = start_tls(DEBUG="true")
+
+    with tcp(daemon, HEALTH) as sock:
+        with contextlib.suppress(ConnectionResetError):
+            assert b"HTTP" not in sock.recv(1000)
+
+        port = sock.getsockname()[1]
+        [line] = eventually(lambda: [line for line in daemon.log().splitlines() if f":{port} " in line])
+    assert "level=debug" in line
+    assert talk(daemon, HEALTH).status == 200
+
+
+def test_a_thousand_connections_that_never_shake_hands_delay_nobody(start_tls: Start, key: str) -> None:
+    daemon = start_tls()
+
+    with contextlib.ExitStack() as stack:
+        for number in range(1000):
+            stack.enter_context(tcp(daemon, b"\x16\x03\x01" if number % 2 else b""))
+        began = time.monotonic()
+        status = talk(daemon, post(lock_body(key))).status
+
+    assert status == 201
+    assert time.monotonic() - began < 5  # a handshake may take 10 s
+
+
+@pytest.mark.parametrize("trickles", [False, True])
+def test_a_handshake_is_cut_at_the_read_timeout(start_tls: Start, trickles: bool) -> None:
+    daemon = start_tls(SERVER_READ_TIMEOUT="1s")
+    began = time.monotonic()
+
+    with tcp(daemon, b"\x16\x03\x01\x40\x00") as sock:
+        with contextlib.suppress(ConnectionError):
+            while not select.select([sock], [], [], 0.2 if trickles else 8)[0]:
+                sock.sendall(b"\x01")
+                assert time.monotonic() - began < 8
+            assert not sock.recv(100)
+
+    assert 0.9 < time.monotonic() - began < 8
+
+
+@pytest.mark.parametrize("file", ["server.crt", "server.key"])
+def test_a_renewed_certificate_is_served_to_the_next_connection_and_a_spoilt_one_is_not(
+    start: Start, pki: Pki, tmp_path: Path, file: str
+) -> None:
+    mine, context = shutil.copytree(pki.good, tmp_path / "mine"), ssl.create_default_context()
+    daemon = start("mock", **pki._replace(good=mine).port())
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    daemon.tls = context
+
+    def served() -> str:
+        with daemon.connect() as sock:
+            assert isinstance(sock, ssl.SSLSocket)
+            return ssl.DER_cert_to_PEM_cert(sock.getpeercert(True) or b"")
+
+    kept = Talk(daemon, HEALTH)
+    assert kept.answer().status == 200
+    (mine / file).write_text("-----BEGIN CERTIFICATE-----\nnonsense\n")
+    spoilt = [served() for _ in range(3)]
+    for name in ("server.crt", "server.key"):
+        shutil.copy(pki.strangers / name, mine / name)
+    renewed = served()
+    kept.say(HEALTH)
+
+    assert set(spoilt) == {(pki.good / "server.crt").read_text()}
+    assert renewed == (pki.strangers / "server.crt").read_text()
+    assert len(re.findall(f"level=warning .*SHARED_LOCK_SERVER_.*{mine / file}", daemon.log())) == 1
+    assert kept.answer().status == 200
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+@pytest.mark.parametrize("whose", ["", "strangers", "good"])
+def test_where_callers_need_a_certificate_only_ours_are_served(
+    start_tls: Start, pki: Pki, whose: str, version: ssl.TLSVersion
+) -> None:
+    daemon = start_tls("ca.crt")
+    daemon.tls = pki.caller(whose)
+    daemon.tls.maximum_version = version
+
+    with contextlib.nullcontext() if whose == "good" else pytest.raises((ssl.SSLError, ConnectionError, AssertionError)):
+        assert talk(daemon, HEALTH).status == 200
+    daemon.tls = pki.caller("good")
+    assert talk(daemon, HEALTH).status == 200
+    assert "callers_need=certificate" in daemon.log() and "tls=yes" in daemon.log()
+
+
+def test_a_stop_over_tls_closes_the_silent_and_answers_all_others(start_tls: Start, key: str) -> None:
+    daemon = start_tls(SERVER_SHUTDOWN_TIMEOUT="30s", SERVER_READ_TIMEOUT="60s")
+    silent, late = ([Talk(daemon, HEALTH) for _ in range(5)] for _ in range(2))
+    assert {client.answer().status for client in (*silent, *late)} == {200}
+    unshaken, half = [tcp(daemon) for _ in range(5)], Talk(daemon, HEALTH[:-2])
+    assert talk(daemon, post(lock_body(key))).status == 201
+    waiting = [Talk(daemon, post(lock_body(key), b"x-lease-wait: 50s")) for _ in range(5)]
+    time.sleep(0.5)
+
+    began = time.monotonic()
+    daemon.process.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    for client in late:
+        client.say(HEALTH)
+    half.say(b"\r\n")
+    answers = [client.answer() for client in (*late, half, *waiting)]
+
+    assert [(answer.status, answer.headers["connection"]) for answer in answers] == [(200, "close")] * 6 + [
+        (202, "close")
+    ] * 5
+    assert [client.rest() for client in silent] == [b""] * 5
+    for sock in unshaken:
+        with contextlib.suppress(ConnectionResetError):
+            assert sock.recv(100) == b""
+        sock.close()
+    assert daemon.process.wait(20) == 0
+    assert time.monotonic() - began < 10
+
+
+def test_a_waiter_that_ended_its_half_over_tls_never_gets_the_lock(start_tls: Start, key: str) -> None:
+    daemon = start_tls(DEBUG="true")
+    lease = talk(daemon, post(lock_body(key))).body
+    waiter = Talk(daemon, post(lock_body(key), b"x-lease-wait: 50s"))
+    time.sleep(0.5)
+
+    socket.socket.shutdown(waiter.sock, socket.SHUT_WR)
+
+    eventually(lambda: 'connection lost" client=127.0.0.1:%d' % waiter.port in daemon.log())
+    assert talk(daemon, get("/lease", b"Content-Length: %d" % len(lease), method="DELETE") + lease).status == 200
+    assert talk(daemon, post(lock_body(key))).status == 201
+
+
+def test_over_tls_a_client_that_never_reads_is_cut_at_the_write_timeout(start_tls: Start) -> None:
+    daemon = start_tls(SERVER_WRITE_TIMEOUT="1s")
+    before = eventually(daemon.descriptors)
+    client = Talk(daemon)
+    eventually(lambda: daemon.descriptors() == before + 1)
+
+    client.sock.settimeout(0.5)
+    with contextlib.suppress(TimeoutError):
+        for _ in range(4000):
+            client.sock.sendall(get("/metrics") * 10)
+
+    eventually(lambda: daemon.descriptors() == before, 20)
+    assert talk(daemon, HEALTH).status == 200
 
 
 # == API: paths, methods, bodies =====================================================================================
@@ -2446,7 +2802,7 @@ def test_certificates_are_read_again_when_replaced(
     tls_etcd: Etcd, pki: Pki, start: Start, key: str, tmp_path: Path
 ) -> None:
     mine = shutil.copytree(pki.strangers, tmp_path / "mine")
-    daemon = start(tls_etcd.url, ETCD_TIMEOUT="1s", **Pki(mine, mine).env())
+    daemon = start(tls_etcd.url, ETCD_TIMEOUT="1s", **Pki(mine, mine, mine).env())
     refused = daemon.acquire(key)
 
     for name in ("ca.crt", "client.crt", "client.key"):
