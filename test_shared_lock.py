@@ -472,9 +472,10 @@ class Proxy:
         "no-leader": '{"error":"etcdserver: no leader","message":"etcdserver: no leader","code":14}',
     }
 
-    def __init__(self, etcd: Etcd, port: int = 0) -> None:
+    def __init__(self, etcd: Etcd, port: int = 0, host: str = "127.0.0.1") -> None:
         self._target = ("127.0.0.1", etcd.port)
-        self._server = socket.create_server(("127.0.0.1", port))
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._server = socket.create_server((host, port), family=family)
         self.url = f"http://127.0.0.1:{self._server.getsockname()[1]}"
         self.go_on = threading.Event()
         self._mutex = threading.Lock()  # owns all below
@@ -526,7 +527,7 @@ class Proxy:
                 client.sendall({"cut": answer[:-5], "surplus": answer + b"surplus"}.get(action, answer))
                 if action == "cut":
                     break
-                spoiled = spoiled or action not in ("", "hold", "wait", "gone")
+                spoiled = spoiled or action not in ("", "hold", "wait", "gone", "well")
             client.shutdown(socket.SHUT_RDWR)
 
     @staticmethod
@@ -1347,7 +1348,14 @@ def test_who_shows_one_of_the_tokens_may_ask(guarded: Daemon, key: str, shown: s
 ], ids=lambda shown: ascii(shown)[:30])  # fmt: skip
 def test_anybody_else_is_401_for_all_but_health_and_readiness(guarded: Daemon, key: str, shown: bytes | None) -> None:
     header = [] if shown is None else [b"Authorization: " + shown]
-    paths = ["GET /lease?key=x", "DELETE /lease", "POST /keepalive", "GET /metrics", "GET /debug/pprof/", "GET /nowhere"]
+    paths = [
+        "GET /lease?key=x",
+        "DELETE /lease",
+        "POST /keepalive",
+        "GET /metrics",
+        "GET /debug/pprof/",
+        "GET /nowhere",
+    ]
     paths += ["PUT /lease", "GET /health/", "GET //health", "GET /Health", "GET http://x/lease?/health"]
 
     answers = [talk(guarded, post(lock_body(key), *header))]
@@ -1445,7 +1453,7 @@ def test_settings_of_who_may_ask_that_cannot_be_used_stop_the_start(env: dict[st
     ended = run_module(SERVE, **{"STORAGE_TYPE": "mock", "SERVER_PORT": "0", **env})
 
     assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
-    assert next(f"SHARED_LOCK_{name}" in ended.stderr for name in env) and "secret" not in ended.stderr
+    assert any(f"SHARED_LOCK_{name}" in ended.stderr for name in env) and "secret" not in ended.stderr
 
 
 # == TLS on the own port =============================================================================================
@@ -1523,12 +1531,11 @@ def test_a_handshake_is_cut_at_the_read_timeout(start_tls: Start, trickles: bool
     daemon = start_tls(SERVER_READ_TIMEOUT="1s")
     began = time.monotonic()
 
-    with tcp(daemon, b"\x16\x03\x01\x40\x00") as sock:
-        with contextlib.suppress(ConnectionError):
-            while not select.select([sock], [], [], 0.2 if trickles else 8)[0]:
-                sock.sendall(b"\x01")
-                assert time.monotonic() - began < 8
-            assert not sock.recv(100)
+    with tcp(daemon, b"\x16\x03\x01\x40\x00") as sock, contextlib.suppress(ConnectionError):
+        while not select.select([sock], [], [], 0.2 if trickles else 8)[0]:
+            sock.sendall(b"\x01")
+            assert time.monotonic() - began < 8
+        assert not sock.recv(100)
 
     assert 0.9 < time.monotonic() - began < 8
 
@@ -1558,7 +1565,7 @@ def test_a_renewed_certificate_is_served_to_the_next_connection_and_a_spoilt_one
 
     assert set(spoilt) == {(pki.good / "server.crt").read_text()}
     assert renewed == (pki.strangers / "server.crt").read_text()
-    assert len(re.findall(f"level=warning .*SHARED_LOCK_SERVER_.*{mine / file}", daemon.log())) == 1
+    assert len(re.findall("level=warning .*SHARED_LOCK_SERVER_(CERT|KEY)_PATH", daemon.log())) == 1
     assert kept.answer().status == 200
 
 
@@ -1571,7 +1578,9 @@ def test_where_callers_need_a_certificate_only_ours_are_served(
     daemon.tls = pki.caller(whose)
     daemon.tls.maximum_version = version
 
-    with contextlib.nullcontext() if whose == "good" else pytest.raises((ssl.SSLError, ConnectionError, AssertionError)):
+    with (
+        contextlib.nullcontext() if whose == "good" else pytest.raises((ssl.SSLError, ConnectionError, AssertionError))
+    ):
         assert talk(daemon, HEALTH).status == 200
     daemon.tls = pki.caller("good")
     assert talk(daemon, HEALTH).status == 200
@@ -1615,7 +1624,7 @@ def test_a_waiter_that_ended_its_half_over_tls_never_gets_the_lock(start_tls: St
 
     socket.socket.shutdown(waiter.sock, socket.SHUT_WR)
 
-    eventually(lambda: 'connection lost" client=127.0.0.1:%d' % waiter.port in daemon.log())
+    eventually(lambda: f'connection lost" client=127.0.0.1:{waiter.port}' in daemon.log())
     assert talk(daemon, get("/lease", b"Content-Length: %d" % len(lease), method="DELETE") + lease).status == 200
     assert talk(daemon, post(lock_body(key))).status == 201
 
@@ -2752,12 +2761,16 @@ def test_a_storm_of_failures_is_counted_and_names_the_endpoint_and_the_reason_on
     assert f'member={nobody} reason="connection refused"' in daemon.log()
 
 
+def tls_options(folder: Path) -> list[str]:
+    """Options of an etcd that wants a client certificate, and shows one of this folder."""
+    files = {"--trusted-ca-file": "ca.crt", "--cert-file": "server.crt", "--key-file": "server.key"}
+    return ["--client-cert-auth", *(f"{option}={folder / name}" for option, name in files.items())]
+
+
 @pytest.fixture(scope="session")
 def tls_etcd(tmp_path_factory: pytest.TempPathFactory, pki: Pki) -> Iterator[Etcd]:
     """An etcd that wants a client certificate."""
-    files = {"--trusted-ca-file": "ca.crt", "--cert-file": "server.crt", "--key-file": "server.key"}
-    options = [f"{option}={pki.good / name}" for option, name in files.items()]
-    server = Etcd(tmp_path_factory.mktemp("tls"), "tls", None, "--client-cert-auth", *options)
+    server = Etcd(tmp_path_factory.mktemp("tls"), "tls", None, *tls_options(pki.good))
     try:
         yield server.start()
     finally:
@@ -2810,6 +2823,338 @@ def test_certificates_are_read_again_when_replaced(
 
     assert refused.status == 500
     assert eventually(lambda: daemon.acquire(key).status == 201)
+
+
+@pytest.mark.parametrize("release", ["3.4.45", "3.5.22", "3.6.4", "3.5.23", "3.6.10"])
+def test_a_release_with_defects_is_warned_of_once_a_start(proxy: Proxy, start: Start, release: str) -> None:
+    proxy.rule = ("/version", release, 10**6)
+
+    daemon, looks = start(proxy.url), ("/v3/kv/range", "")
+    eventually(lambda: proxy.seen.count(looks) > 2)
+
+    warnings = re.findall("level=warning .*member=.* release=(.*) better=", daemon.log())
+    assert warnings == ([release] if release in ("3.4.45", "3.5.22", "3.6.4") else [])
+    assert proxy.seen.count(("/version", release)) == 1
+
+
+@pytest.mark.parametrize("whose", ["good", "lax"])
+def test_certificates_are_judged_as_go_and_curl_do(
+    tmp_path: Path, pki: Pki, start: Start, start_tls: Start, key: str, whose: str
+) -> None:
+    """CPython 3.13 and newer would refuse the lax ones."""
+    etcd = Etcd(tmp_path, "m0", None, *tls_options(pki._asdict()[whose]))
+    try:
+        etcd.start()
+        daemon, own_port = start(f"127.0.0.1:{etcd.port}", **pki.env(whose, whose)), start_tls(pki.lax / "ca.crt")
+        own_port.tls = pki.caller("lax")
+
+        assert eventually(daemon.ready)
+        assert (daemon.acquire(key).status, talk(own_port, HEALTH).status) == (201, 200)
+    finally:
+        etcd.stop()
+
+
+# == One list, two clusters ==========================================================================================
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Iterator[list[Etcd]]:
+    """Two clusters of one member each, of which a list may wrongly name both; not started yet."""
+    servers = [Etcd(tmp_path, name) for name in ("one", "other")]
+    yield servers
+    for server in servers:
+        server.stop()
+
+
+def split(daemon: Daemon, members: list[Etcd], key: str) -> bool:
+    """Whether the daemon grants nothing, is not ready, and names both members."""
+    answers = daemon.acquire(key), daemon.request("GET", "/ready")
+    return [answer.status for answer in answers] == [500, 503] and all(
+        member.url in answer.text for member in members for answer in answers
+    )
+
+
+def test_of_two_clusters_in_one_list_none_grants_until_the_list_is_whole(
+    two: list[Etcd], start: Start, key: str, pool: Pool
+) -> None:
+    one, other = [member.start().wait() for member in two]
+
+    def start_and_take(number: int) -> tuple[Daemon, int]:
+        daemon = start(",".join(member.url for member in (two, two[::-1])[number % 2]))
+        return daemon, daemon.acquire(key).status
+
+    daemons, statuses = zip(*pool.map(start_and_take, range(6)), strict=True)
+    assert statuses.count(201) <= 1 and set(statuses) <= {201, 202, 500}
+    assert all(split(daemon, two, f"{key}-split") for daemon in daemons)
+
+    other.stop()
+    with contextlib.closing(Proxy(one, other.port)):  # in its place stands a member of the first
+        assert all(eventually(daemon.ready) for daemon in daemons)
+        taken = [daemon.acquire(f"{key}-whole").status for daemon in daemons]
+    assert sorted(taken) == [201, 202, 202, 202, 202, 202]
+
+
+def test_a_member_of_another_cluster_that_comes_later_is_never_used(two: list[Etcd], start: Start, key: str) -> None:
+    one, other = two[0].start().wait(), two[1]
+    daemon = start(f"{other.url},{one.url}", ETCD_TIMEOUT="1s")
+    leases = [daemon.acquire(f"{key}-{number}").text for number in range(2)]
+
+    other.start().wait()
+    eventually(lambda: split(daemon, two, f"{key}-late"))
+    kept, released = daemon.keep_alive(leases[0]), daemon.release(leases[1])
+    one.stop()
+    alone = [daemon.keep_alive(leases[0]), daemon.release(leases[0]), daemon.look(f"{key}-0"), daemon.acquire(key)]
+
+    assert (kept.status, released.status) == (200, 200)
+    assert [answer.status for answer in alone] == [500] * 4
+    assert not other.leases()
+
+
+# == Names: several addresses, and name servers that say something else, or nothing ==================================
+
+RESOLVER = """
+import runpy, socket, sys, time
+
+real, file = socket.getaddrinfo, sys.argv.pop(1)
+
+def getaddrinfo(host, port, *more, **named):
+    with open(file) as lines:
+        names = dict(line.split(" ", 1) for line in lines)
+    if host not in names:
+        return real(host, port, *more, **named)
+    time.sleep(30 if names[host].strip() == "hangs" else 0)
+    if not names[host].strip(" \\nhangs"):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+    return [info for address in names[host].split() for info in real(address, port, *more, **named)]
+
+socket.getaddrinfo = getaddrinfo
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+class Names:
+    """What the daemon is told about names: addresses, nothing, or that the name server "hangs"."""
+
+    def __init__(self, folder: Path, **names: str) -> None:
+        self._file = folder / "names"
+        self.command = [PYTHON, "-c", RESOLVER, str(self._file), *SERVE]
+        self.tell(**names)
+
+    def tell(self, **names: str) -> None:
+        new = self._file.with_suffix(".new")
+        new.write_text("".join(f"{name}.test {addresses}\n" for name, addresses in names.items()))
+        new.rename(self._file)
+
+
+@pytest.fixture
+def hole(etcd: Etcd) -> Iterator[None]:
+    """Somebody at 127.0.0.3 who accepts connections to etcd's port, and never answers."""
+    with socket.create_server(("127.0.0.3", etcd.port)):
+        yield
+
+
+@pytest.mark.usefixtures("hole")
+@pytest.mark.parametrize("sick", ["127.0.0.2", "127.0.0.3", "127.0.0.2 127.0.0.3 127.0.0.4"])
+def test_of_the_addresses_of_a_name_the_one_that_answers_is_found_and_kept(
+    etcd: Etcd, start: Start, tmp_path: Path, key: str, sick: str
+) -> None:
+    daemon = start(f"m.test:{etcd.port}", command=Names(tmp_path, m=f"{sick} 127.0.0.1").command)
+
+    began = time.monotonic()
+    statuses = [daemon.acquire(f"{key}-{number}").status for number in range(20)]
+
+    assert statuses == [201] * 20
+    assert time.monotonic() - began < 5  # the budget of one
+    assert daemon.ready()
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6 here")
+def test_a_name_with_addresses_of_both_families_is_asked_at_both(
+    etcd: Etcd, start: Start, tmp_path: Path, key: str
+) -> None:
+    with contextlib.closing(Proxy(etcd, etcd.port, "::1")):
+        daemon = start(f"m.test:{etcd.port}", command=Names(tmp_path, m="127.0.0.2 ::1").command)
+
+        assert daemon.acquire(key).status == 201
+
+
+@pytest.mark.usefixtures("hole")
+@pytest.mark.parametrize("before", ["127.0.0.2", "127.0.0.3", ""])
+def test_a_name_is_looked_up_again_when_its_member_fails(
+    etcd: Etcd, start: Start, tmp_path: Path, key: str, before: str
+) -> None:
+    names = Names(tmp_path, m=before)
+    daemon = start(f"m.test:{etcd.port}", command=names.command, ETCD_TIMEOUT="1s")
+    down = daemon.acquire(key)
+
+    names.tell(m="127.0.0.1")
+
+    assert down.status == 500
+    assert eventually(lambda: daemon.acquire(key).status == 201)
+    assert [line for line in daemon.request("GET", "/metrics").text.splitlines() if "member_up{" in line] == [
+        f'shared_lock_etcd_member_up{{member="http://m.test:{etcd.port}"}} 1'
+    ]
+
+
+@pytest.mark.parametrize("before", ["hangs", "127.0.0.2"])
+def test_a_name_server_that_hangs_costs_nobody_more_than_the_budget(
+    etcd: Etcd, start: Start, tmp_path: Path, key: str, before: str
+) -> None:
+    names = Names(tmp_path, m=before)
+    daemon = start(f"m.test:{etcd.port},{etcd.url}", command=names.command, ETCD_TIMEOUT="2s")
+    first = together(1, lambda _: daemon.acquire(f"{key}-first"))
+    names.tell(m="hangs")
+
+    time.sleep(1.5)  # until the name is looked up again
+    more = together(20, lambda number: daemon.acquire(f"{key}-{number}"))
+
+    assert {answer.status for _, answer in first + more} == {201}
+    assert max(seconds for seconds, _ in first + more) < 2.5
+    assert (daemon.ready(), daemon.request("GET", "/health").status, daemon.stop()) == (True, 200, 0)
+
+
+def test_where_no_name_can_be_looked_up_answers_say_so_within_the_budget(
+    start: Start, tmp_path: Path, key: str
+) -> None:
+    daemon = start("m.test:1", command=Names(tmp_path, m="hangs").command, ETCD_TIMEOUT="1s")
+
+    began = time.monotonic()
+    answers = daemon.acquire(key), daemon.request("GET", "/ready")
+
+    assert [answer.status for answer in answers] == [500, 503]
+    assert time.monotonic() - began < 4
+    assert daemon.request("GET", "/health").status == 200
+
+
+def test_a_member_of_another_cluster_is_not_used_either_when_the_right_one_gets_another_address(
+    two: list[Etcd], start: Start, tmp_path: Path, key: str
+) -> None:
+    one, other = [member.start().wait() for member in two]
+    names = Names(tmp_path, one="127.0.0.1", other="127.0.0.2")
+    listed = f"one.test:{one.port},other.test:{other.port}"
+    daemon = start(listed, command=names.command, ETCD_TIMEOUT="1s")
+    assert eventually(lambda: daemon.acquire(key)).status == 201
+    names.tell(one="127.0.0.1", other="127.0.0.1")
+    eventually(lambda: not daemon.ready())
+
+    one.stop()
+    names.tell(one="127.0.0.2", other="127.0.0.1")  # it is restarted elsewhere, and not ready yet
+    time.sleep(4)
+
+    assert daemon.acquire(key).status == 500
+    assert not other.leases()
+
+
+# == etcd's auth =====================================================================================================
+
+
+def enable_auth(etcd: Etcd) -> None:
+    """Users root, lock (who may read and write our prefix) and other (another one); their passwords are secret."""
+    for name, first, end in (("root", b"", b""), ("lock", b"/shared-lock/", b"/shared-lock0"), ("other", b"a", b"b")):
+        etcd.call("/auth/user/add", {"name": name, "password": "secret"})
+        etcd.call("/auth/role/add", {"name": name})
+        keys = {"key": base64.b64encode(first).decode(), "range_end": base64.b64encode(end).decode()}
+        if first:
+            etcd.call("/auth/role/grant", {"name": name, "perm": {"permType": "READWRITE", **keys}})
+        etcd.call("/auth/user/grant", {"user": name, "role": name})
+    etcd.call("/auth/enable", {})
+
+
+def is_up(etcd: Etcd) -> bool:
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        return ask(etcd.port, "GET", "/health", timeout=3).status == 200
+    return False
+
+
+def start_as(start: Start, etcd: Etcd, user: str = "lock", password: str = "secret", **env: str) -> Daemon:
+    return start(etcd.url, ETCD_USERNAME=user, ETCD_PASSWORD=password, DEBUG="true", **env)
+
+
+def use(daemon: Daemon, key: str) -> list[int]:
+    """The statuses of a lock's life."""
+    lock = daemon.acquire(key)
+    own = daemon.acquire(key, **{"x-lease-id": lock.text})
+    answers = [lock, own, daemon.acquire(key), daemon.keep_alive(lock.text), daemon.look(key)]
+    answers += [daemon.request("GET", "/lease?prefix="), daemon.release(lock.text), daemon.keep_alive(lock.text)]
+    return [answer.status for answer in (*answers, daemon.look(key), daemon.request("GET", "/ready"))]
+
+
+WELL = [201, 201, 202, 200, 200, 200, 200, 204, 404, 200]
+
+
+def test_with_auth_a_user_who_may_use_our_prefix_is_enough(own_etcd: Etcd, start: Start, key: str) -> None:
+    before = start_as(start, own_etcd)
+    assert use(before, key) == WELL
+
+    enable_auth(own_etcd)
+
+    assert use(before, key) == use(start_as(start, own_etcd), key) == WELL
+    assert not re.search("secret|[A-Za-z]{16}[.][0-9]+", before.log())  # the password, a token of etcd
+
+
+@pytest.mark.parametrize("user, password, shown", [
+    ("", "", "user name is empty"), ("other", "secret", "permission denied"), ("lock", "mistyped", "authentication"),
+], ids=["without a user", "a user of other keys", "with a wrong password"])  # fmt: skip
+def test_who_may_not_is_told_so_with_few_tries_and_used_once_he_may(
+    own_etcd: Etcd, start: Start, key: str, user: str, password: str, shown: str
+) -> None:
+    enable_auth(own_etcd)
+    began = time.monotonic()
+    daemon = start_as(start, own_etcd, user, password)
+
+    answers = [answer for _, answer in together(30, lambda number: daemon.acquire(f"{key}-{number}"))]
+    answers += [daemon.keep_alive("5"), daemon.release("5"), daemon.look(key), daemon.request("GET", "/ready")]
+    tries, took = calls(own_etcd)["Authenticate"], time.monotonic() - began
+
+    allowed = {200, 204} if user == "other" or "/3.4." in ask(own_etcd.port, "GET", "/version").text else set()
+    assert {answer.status for answer in answers} - allowed == {500, 503}
+    assert all(answer.status in allowed or shown in answer.text for answer in answers)
+    assert tries <= took + 2
+    assert "mistyped" not in daemon.log() + "".join(answer.text for answer in answers)
+    assert daemon.log().count("log-in refused") == (password == "mistyped")
+    token = own_etcd.call("/auth/authenticate", {"name": "root", "password": "secret"})["token"]
+    ask(own_etcd.port, "POST", "/v3/auth/disable", "{}", {"Authorization": token})
+    assert eventually(daemon.ready)
+
+
+def test_one_log_in_serves_all_callers_when_etcd_has_lost_its_tokens(own_etcd: Etcd, start: Start, key: str) -> None:
+    enable_auth(own_etcd)
+    daemon = start_as(start, own_etcd)
+    leases = [answer.text for _, answer in together(30, lambda number: daemon.acquire(f"{key}-{number}"))]
+
+    own_etcd.stop()
+    own_etcd.start()
+    eventually(lambda: is_up(own_etcd))
+    answers = together(30, lambda number: daemon.keep_alive(leases[number]))
+    answers += together(30, lambda number: daemon.look(f"{key}-{number}"))
+
+    assert {answer.status for _, answer in answers} == {200}
+    assert calls(own_etcd)["Authenticate"] == 1
+
+
+def test_while_an_etcd_with_auth_is_killed_and_restarted_no_request_fails(
+    own_etcd: Etcd, start: Start, key: str, pool: Pool
+) -> None:
+    enable_auth(own_etcd)
+    daemon, done = start_as(start, own_etcd, ETCD_TIMEOUT="20s"), threading.Event()
+
+    def go_on(number: int) -> list[list[int]]:
+        return [use(daemon, f"{key}-{number}-{turn}") for turn in itertools.takewhile(not_done, itertools.count())]
+
+    def not_done(turn: int) -> bool:
+        return not done.is_set()
+
+    clients = [pool.submit(go_on, number) for number in range(8)]
+    for _ in range(3):
+        time.sleep(1)
+        own_etcd.stop()
+        own_etcd.start()
+        eventually(lambda: is_up(own_etcd))
+    time.sleep(1)
+    done.set()
+
+    assert [turn for client in clients for turn in client.result(60) if turn != WELL] == []
 
 
 # == Readiness and metrics ===========================================================================================
@@ -3556,6 +3901,75 @@ def test_a_frozen_member_is_used_again_when_it_is_well(cluster: Cluster, start: 
     assert re.search(rf'event="etcd member failed" member={victim.url} reason=', daemon.log())
     eventually(lambda: f'event="etcd member is well again" member={victim.url}' in daemon.log(), 15)
     assert daemon.release(served.text).status == 200
+
+
+# == Faults: members that say of living leases that they are gone ====================================================
+
+
+def ask_about(daemon: Daemon, what: str, key: str, lease: str) -> Answer:
+    """What the daemon says of this lock, asked in one of four ways."""
+    if what == "look":
+        return daemon.look(key)
+    if what == "acquire again":
+        return daemon.acquire(key, **{"x-lease-id": lease})
+    return daemon.keep_alive(lease) if what == "keepalive" else daemon.release(lease)
+
+
+@pytest.mark.parametrize("then", ["well", "no-leader"])
+@pytest.mark.parametrize("what, path", [
+    ("keepalive", "/v3/lease/keepalive"), ("acquire again", "/v3/lease/keepalive"), ("look", "/v3/lease/timetolive"),
+    ("release", "/v3/lease/timetolive"),
+])  # fmt: skip
+def test_who_says_once_that_a_living_lease_is_gone_is_not_believed(
+    etcd: Etcd, proxy: Proxy, start: Start, key: str, what: str, path: str, then: str
+) -> None:
+    daemon = start(proxy.url)
+    lock = daemon.acquire(key)
+    seen = len(proxy.seen)
+
+    proxy.rules((path, "gone", 1), ("/v3/kv/range", then, 1))
+    answer = ask_about(daemon, what, key, lock.text)
+
+    assert answer.status == (201 if what == "acquire again" else 200)
+    asked = proxy.seen[proxy.seen.index((path, "gone"), seen) :]
+    assert ("/v3/kv/range", then) in asked[1 : asked.index((path, ""))]  # a linearizable read comes in between
+    assert what == "release" or etcd.key(key) == {"create_revision": lock.token, "lease": int(lock.text), "value": b""}
+
+
+@pytest.mark.parametrize("what, status", [("keepalive", 204), ("release", 204), ("look", 404)])
+def test_a_lease_that_is_gone_is_told_so(on_etcd: Daemon, etcd: Etcd, key: str, what: str, status: int) -> None:
+    lease = on_etcd.acquire(key).text
+
+    etcd.call("/lease/revoke", {"ID": lease})
+
+    assert ask_about(on_etcd, what, key, lease).status == status
+
+
+def test_a_leader_that_wakes_up_tells_nobody_that_a_living_lease_is_gone(
+    cluster: Cluster, start: Start, key: str, pool: Pool
+) -> None:
+    leader, other = cluster.leader(), start(cluster.follower().url, ETCD_TIMEOUT="10s")
+    daemon, ways = start(leader.url), ("keepalive", "release", "look")
+    assert eventually(daemon.ready) and eventually(other.ready)
+
+    try:
+        freeze(leader)
+        wakes = time.monotonic() + 2.6
+        locks = list(pool.map(lambda number: other.acquire(f"{key}-{number}").text, range(48)))
+        time.sleep(max(0.3, wakes - 0.3 - time.monotonic()))
+        answers = [
+            pool.submit(ask_about, daemon, ways[number % 3], f"{key}-{number}", lease)
+            for number, lease in enumerate(locks)
+        ]
+        time.sleep(0.3)
+        leader.signal(signal.SIGCONT)
+        statuses = [answer.result(30).status for answer in answers]
+    finally:
+        cluster.heal()
+
+    assert set(statuses) <= {200, 500} and 200 in statuses
+    for number, lease in enumerate(locks):
+        assert other.release(lease).status == (204 if number % 3 == 1 and statuses[number] == 200 else 200)
 
 
 # == Faults: requests, answers and connections that break ============================================================
