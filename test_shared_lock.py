@@ -2894,6 +2894,18 @@ def test_of_two_clusters_in_one_list_none_grants_until_the_list_is_whole(
     assert sorted(taken) == [201, 202, 202, 202, 202, 202]
 
 
+def test_a_daemon_that_begins_with_the_wrong_cluster_tells_nobody_that_a_held_lock_is_gone(
+    two: list[Etcd], start: Start, key: str
+) -> None:
+    one, other = [member.start().wait() for member in two]
+    right, daemons = start(one.url), [start(f"{one.url},{other.url}", ETCD_TIMEOUT="1s") for _ in range(4)]
+    leases = [right.acquire(f"{key}-{number}").text for number in range(4)]
+
+    for number, daemon in enumerate(daemons):
+        for what in ("keepalive", "look", "release"):
+            assert ask_about(daemon, what, f"{key}-{number}", leases[number]).status in (200, 500), what
+
+
 def test_a_member_of_another_cluster_that_comes_later_is_never_used(two: list[Etcd], start: Start, key: str) -> None:
     one, other = two[0].start().wait(), two[1]
     daemon = start(f"{other.url},{one.url}", ETCD_TIMEOUT="1s")
@@ -3949,8 +3961,9 @@ def test_a_leader_that_wakes_up_tells_nobody_that_a_living_lease_is_gone(
     cluster: Cluster, start: Start, key: str, pool: Pool
 ) -> None:
     leader, other = cluster.leader(), start(cluster.follower().url, ETCD_TIMEOUT="10s")
-    daemon, ways = start(leader.url), ("keepalive", "release", "look")
+    daemon, ways = start(leader.url, ETCD_TIMEOUT="20s"), ("keepalive", "release", "look")
     assert eventually(daemon.ready) and eventually(other.ready)
+    together(48, lambda number: daemon.release(f"{number + 1}"))  # opens connections that are used when it wakes up
 
     try:
         freeze(leader)
