@@ -2866,11 +2866,11 @@ def two(tmp_path: Path) -> Iterator[list[Etcd]]:
         server.stop()
 
 
-def split(daemon: Daemon, members: list[Etcd], key: str) -> bool:
+def split(daemon: Daemon, urls: list[str], key: str) -> bool:
     """Whether the daemon grants nothing, is not ready, and names both members."""
     answers = daemon.acquire(key), daemon.request("GET", "/ready")
     return [answer.status for answer in answers] == [500, 503] and all(
-        member.url in answer.text for member in members for answer in answers
+        url in answer.text for url in urls for answer in answers
     )
 
 
@@ -2878,17 +2878,21 @@ def test_of_two_clusters_in_one_list_none_grants_until_the_list_is_whole(
     two: list[Etcd], start: Start, key: str, pool: Pool
 ) -> None:
     one, other = [member.start().wait() for member in two]
+    slow = Proxy(other)
+    slow.rule = ("/v3/kv/range", "hold", 10**6)
+    urls = [one.url, slow.url]
 
     def start_and_take(number: int) -> tuple[Daemon, int]:
-        daemon = start(",".join(member.url for member in (two, two[::-1])[number % 2]))
+        daemon = start(",".join(urls))
         return daemon, daemon.acquire(key).status
 
     daemons, statuses = zip(*pool.map(start_and_take, range(6)), strict=True)
     assert statuses.count(201) <= 1 and set(statuses) <= {201, 202, 500}
-    assert all(split(daemon, two, f"{key}-split") for daemon in daemons)
+    assert all(split(daemon, urls, f"{key}-split") for daemon in daemons)
 
+    slow.close()
     other.stop()
-    with contextlib.closing(Proxy(one, other.port)):  # in its place stands a member of the first
+    with contextlib.closing(Proxy(one, int(slow.url.rpartition(":")[2]))):  # in its place stands a member of the first
         assert all(eventually(daemon.ready) for daemon in daemons)
         taken = [daemon.acquire(f"{key}-whole").status for daemon in daemons]
     assert sorted(taken) == [201, 202, 202, 202, 202, 202]
@@ -2912,7 +2916,7 @@ def test_a_member_of_another_cluster_that_comes_later_is_never_used(two: list[Et
     leases = [daemon.acquire(f"{key}-{number}").text for number in range(2)]
 
     other.start().wait()
-    eventually(lambda: split(daemon, two, f"{key}-late"))
+    eventually(lambda: split(daemon, [one.url, other.url], f"{key}-late"))
     kept, released = daemon.keep_alive(leases[0]), daemon.release(leases[1])
     one.stop()
     alone = [daemon.keep_alive(leases[0]), daemon.release(leases[0]), daemon.look(f"{key}-0"), daemon.acquire(key)]
