@@ -1630,7 +1630,7 @@ def test_a_waiter_that_ended_its_half_over_tls_never_gets_the_lock(start_tls: St
 
 
 def test_over_tls_a_client_that_never_reads_is_cut_at_the_write_timeout(start_tls: Start) -> None:
-    daemon = start_tls(SERVER_WRITE_TIMEOUT="1s")
+    daemon = start_tls(SERVER_WRITE_TIMEOUT="1s", SERVER_READ_TIMEOUT="60s")
     before = eventually(daemon.descriptors)
     client = Talk(daemon)
     eventually(lambda: daemon.descriptors() == before + 1)
