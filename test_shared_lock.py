@@ -2878,23 +2878,26 @@ def test_of_two_clusters_in_one_list_none_grants_until_the_list_is_whole(
     two: list[Etcd], start: Start, key: str, pool: Pool
 ) -> None:
     one, other = [member.start().wait() for member in two]
-    slow = Proxy(other)
-    slow.rule = ("/v3/kv/range", "hold", 10**6)
-    urls = [one.url, slow.url]
+    slow = [Proxy(one), Proxy(other)]
+    lists = [[one.url, slow[1].url], [other.url, slow[0].url]]  # each daemon knows another cluster first
+    for between in slow:
+        between.rule, between.HOLD_SECONDS = ("/v3/kv/range", "hold", 10**6), 1
 
     def start_and_take(number: int) -> tuple[Daemon, int]:
-        daemon = start(",".join(urls))
+        daemon = start(",".join(lists[number % 2]))
         return daemon, daemon.acquire(key).status
 
     daemons, statuses = zip(*pool.map(start_and_take, range(6)), strict=True)
     assert statuses.count(201) <= 1 and set(statuses) <= {201, 202, 500}
-    assert all(split(daemon, urls, f"{key}-split") for daemon in daemons)
+    assert all(split(daemon, lists[number % 2], f"{key}-split") for number, daemon in enumerate(daemons))
 
-    slow.close()
+    slow[1].close()
     other.stop()
-    with contextlib.closing(Proxy(one, int(slow.url.rpartition(":")[2]))):  # in its place stands a member of the first
-        assert all(eventually(daemon.ready) for daemon in daemons)
-        taken = [daemon.acquire(f"{key}-whole").status for daemon in daemons]
+    replaced = [Proxy(one, int(url.rpartition(":")[2])) for url in (other.url, slow[1].url)]
+    assert all(eventually(daemon.ready) for daemon in daemons)
+    taken = [daemon.acquire(f"{key}-whole").status for daemon in daemons]
+    for between in (slow[0], *replaced):
+        between.close()
     assert sorted(taken) == [201, 202, 202, 202, 202, 202]
 
 
