@@ -11,7 +11,7 @@ What nobody may rely on: that a holder whose lease ran out has stopped. It may b
 the protected resource can stop it, by refusing a fencing token smaller than one it has seen.
 
 One lock is one etcd lease and one key put with it, `/shared-lock/` + key. There is no other state, so any number of
-replicas may serve one etcd. The file in its order, which is also the way of a request:
+replicas may serve one etcd. The rooms of this file in their order, which is also the way of a request:
 
     log, words, configuration    what all others use; every environment variable is a field of Config
     wire                         HTTP/1.1 messages over one socket
@@ -23,8 +23,7 @@ replicas may serve one etcd. The file in its order, which is also the way of a r
     combiner                     while one call to etcd is under way, later callers gather to share the next
     gateway                      etcd's JSON gateway in our words; base64 and int64-as-text stop here
     members                      which member of etcd to ask, over which connection
-
-Metrics, profiles and the life of the process follow.
+    metrics, profiles, life      what operators see; start and stop
 """
 
 from __future__ import annotations
@@ -38,9 +37,7 @@ import copy
 import errno
 import functools
 import gc
-import hmac
 import http
-import http.server
 import itertools
 import json
 import math
@@ -77,6 +74,8 @@ MAX_LOCKS_LISTED = 1000  # by one GET /lease?prefix=
 MAX_BODY_BYTES = 64 << 10  # of a request
 MAX_HEAD_BYTES = 64 << 10  # of a request line and its headers together
 MAX_HEADERS = 100
+SILENT_SECONDS = 0.5  # how long a stop waits for requests that are on their way on kept connections
+TEXT = "text/plain; charset=utf-8"
 INT64 = range(-(1 << 63), 1 << 63)
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -86,6 +85,7 @@ OWN_SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.
 # == Log: one event, one line ========================================================================================
 
 DEBUG, INFO, WARNING, ERROR = "debug", "info", "warning", "error"
+_PLAIN = re.compile(r"[\w.:/@,+\[\]-]+")  # a value that needs no quotes
 
 
 class Log:
@@ -114,21 +114,12 @@ log = Log()
 
 
 def event(level: str, name: str, **shown: object) -> None:
-    """One line: time=2026-11-23T03:21:00.000Z level=info event=granted key=nightly lease=4711 …
-
-    Not with the logging module, which takes 5 µs longer for a line.
-    """
-    if level != DEBUG or log.debug:
+    """One line: time=2026-11-23T03:21:00.000Z level=info event=granted key=nightly lease=4711 …"""
+    if level != DEBUG or log.debug:  # the logging module takes 5 µs longer for a line
         now = time.time()
         stamp = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now))}.{int(now % 1 * 1000):03}Z"
-        words = "".join([f" {key}={_word(value)}" for key, value in shown.items()])
-        log.write(f"time={stamp} level={level} event={_word(name)}{words}")
-
-
-def _word(value: object) -> str:
-    """One plain word as it is, anything else quoted."""
-    text = str(value)
-    return text if isinstance(value, int) or re.fullmatch(r"[\w.:/@,+\[\]-]+", text) else quote(text)
+        words = [f" {k}={v if _PLAIN.fullmatch(str(v)) else quote(v)}" for k, v in {"event": name, **shown}.items()]
+        log.write(f"time={stamp} level={level}{''.join(words)}")
 
 
 def quote(value: object) -> str:
@@ -141,8 +132,7 @@ def quote(value: object) -> str:
 # == Words: errors and small data ====================================================================================
 #
 # Errors are split by who must act: the caller (BadRequest), the operator at the start (ConfigError), nobody yet
-# (StorageError: nothing happened), or the caller with care (OutcomeUnknown). That a key is held, or a lease gone, is
-# an answer and no error.
+# (StorageError), or the caller with care (OutcomeUnknown). That a key is held, or a lease gone, is an answer.
 
 
 class BadRequest(Exception):
@@ -150,8 +140,7 @@ class BadRequest(Exception):
 
     def __init__(self, text: str, status: int = 400, *headers: tuple[str, str]) -> None:
         super().__init__(text)
-        self.status = status
-        self.headers = headers
+        self.status, self.headers = status, headers
 
 
 class ConfigError(Exception):
@@ -161,17 +150,16 @@ class ConfigError(Exception):
 class StorageError(Exception):
     """The storage failed, and nothing was changed. `sick`: the member that was asked is to be left for another."""
 
-    def __init__(self, text: str, sick: bool = True) -> None:
+    def __init__(self, text: str, sick: bool = True, code: int = 0) -> None:
         super().__init__(text)
-        self.sick = sick
+        self.sick, self.code = sick, code
 
 
 class Refused(StorageError):
     """etcd understood and said no; any member would say the same. `code` is the gRPC status code."""
 
     def __init__(self, text: str, code: int = 0) -> None:
-        super().__init__(text, sick=False)
-        self.code = code
+        super().__init__(text, False, code)
 
 
 class OutcomeUnknown(StorageError):
@@ -232,8 +220,7 @@ def reason(fault: BaseException) -> str:
         return "TLS: it does not answer in TLS; is it http?"
     if isinstance(fault, ssl.SSLError):
         return f"TLS: {(fault.reason or str(fault)).lower().replace('_', ' ')}"
-    strerror = getattr(fault, "strerror", None)
-    return strerror.lower() if strerror else str(fault) or type(fault).__name__
+    return (getattr(fault, "strerror", None) or "").lower() or str(fault) or type(fault).__name__
 
 
 # == Configuration ===================================================================================================
@@ -614,9 +601,6 @@ class Request(NamedTuple):
     hung_up: Callable[[], bool] = lambda: False
 
 
-TEXT = "text/plain; charset=utf-8"
-
-
 class Response(NamedTuple):
     """`undo` is called if the answer cannot be written: the caller does not know of its lock, so nobody holds it."""
 
@@ -794,10 +778,7 @@ class Connection(socketserver.BaseRequestHandler):
         return bool(poll.poll(0))
 
 
-SILENT_SECONDS = 0.5  # how long a stop waits for requests that are on their way on connections that are kept
-
-
-class Server(http.server.ThreadingHTTPServer):
+class Server(socketserver.ThreadingTCPServer):
     """Accepts connections and knows which are open, so that it can stop without losing a request."""
 
     daemon_threads = True  # block_on_close would wait for silent clients, too: stop() waits for the others only
@@ -816,7 +797,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._mutex = threading.Condition()  # owns the set below; notified of each connection that closes
         self._connections: set[Connection] = set()
         listener = listen(config.server_host, config.server_port)
-        # TCPServer's own __init__ would make a socket for one family, and HTTPServer's look up our name in the DNS.
+        # TCPServer's own __init__ would make a socket for one family.
         socketserver.BaseServer.__init__(self, listener.getsockname(), Connection)
         self.socket = listener
 
@@ -825,7 +806,7 @@ class Server(http.server.ThreadingHTTPServer):
         if self._tokens and request.path not in ("/health", "/ready"):
             scheme, _, given = request.headers.get("authorization", "").partition(" ")
             shown = given.strip().encode("utf-8", "surrogateescape")
-            known = [hmac.compare_digest(shown, token) for token in self._tokens.get()]  # all, in constant time
+            known = [secrets.compare_digest(shown, token) for token in self._tokens.get()]  # all, in constant time
             if scheme.lower() != "bearer" or True not in known:
                 wanted = ("WWW-Authenticate", "Bearer")
                 raise BadRequest("authorization: not Bearer with a token that is known here", 401, wanted)
