@@ -234,8 +234,7 @@ _UNITS = {"ns": "1e-9", "us": "1e-6", "µs": "1e-6", "μs": "1e-6", "ms": "1e-3"
 @functools.lru_cache(maxsize=256)
 def parse_duration(text: str) -> Fraction:
     """The seconds in a Go duration ("1m30s", "1500ms") or a bare number of seconds, exactly. Raises ValueError."""
-    match = _DURATION.fullmatch(text) if len(text) <= 100 else None
-    if not match:
+    if len(text) > 100 or not (match := _DURATION.fullmatch(text)):
         raise ValueError(f"not a duration: {quote(text)}")
     parts = [Fraction(n) * Fraction(_UNITS[unit or "s"]) for n, unit in _DURATION_PART.findall(match[2])]
     return sum(parts, Fraction()) * (-1 if match[1] == "-" else 1)
@@ -245,10 +244,9 @@ def between(low: float, high: float, parse: Callable[[str], Any], unit: str = ""
     """The parser with a range, both ends included."""
 
     def parse_in_range(text: str) -> Any:
-        value = parse(text)
-        if not low <= value <= high:
-            raise ValueError(f"not from {low}{unit} to {high}{unit}: {quote(text)}")
-        return value
+        if low <= (value := parse(text)) <= high:
+            return value
+        raise ValueError(f"not from {low}{unit} to {high}{unit}: {quote(text)}")
 
     return parse_in_range
 
@@ -279,8 +277,7 @@ def endpoints(text: str) -> tuple[Address, ...]:
     """The addresses in a comma-separated list of `http://h:p`, `https://h:p` and `h:p`. Raises ValueError."""
     addresses = []
     for part in text.split(","):
-        match = _ENDPOINT.fullmatch(part.strip())
-        if not match or not 0 < int(match[4]) < 65536:
+        if not (match := _ENDPOINT.fullmatch(part.strip())) or not 0 < int(match[4]) < 65536:
             raise ValueError(f"not an endpoint, as in http://host:2379: {quote(part)}")
         addresses.append(Address(match[2] or match[3], int(match[4]), match[1] == "https" if match[1] else None))
     return tuple(addresses)
@@ -291,13 +288,13 @@ def variable(name: str) -> str:
     return "SHARED_LOCK_" + name.upper()
 
 
-def setting(default: str, parse: Callable[[str], Any], meaning: str) -> Any:
-    """A field of Config: its default as the environment would give it, its parser, its line in --help."""
-    return field(default=parse(default), metadata={"default": default, "parse": parse, "meaning": meaning})
+def setting(default: str, parse: Callable[[str], Any], meaning: str, needs: str = "") -> Any:
+    """A field of Config: its default as the environment would give it, its parser, its --help, what it needs set."""
+    shown = {"default": default, "parse": parse, "meaning": meaning, "needs": needs}
+    return field(default=parse(default), metadata=shown)
 
 
-_timeout, _budget = duration(0, MAX_TTL_SECONDS), duration(0.001, MAX_TTL_SECONDS)
-_storage = matching("etcd|mock", "etcd or mock", str)
+_timeout, _storage = duration(0, MAX_TTL_SECONDS), matching("etcd|mock", "etcd or mock", str)
 
 
 @dataclass(frozen=True)
@@ -311,15 +308,15 @@ class Config:
     server_idle_timeout: float = setting("120s", _timeout, "an idle connection is closed after it; 0 is none")
     server_shutdown_timeout: float = setting("10s", _timeout, "for requests in flight after SIGTERM; 0 is none")
     server_token_path: str = setting("", str, "bearer tokens, one a line, of which callers must show one")
-    server_cert_path: str = setting("", str, "TLS on the own port, with this certificate")
-    server_key_path: str = setting("", str, "the key of that certificate")
-    server_client_ca_path: str = setting("", str, "callers must show a certificate that this CA signed")
+    server_cert_path: str = setting("", str, "TLS on the own port, with this certificate", "server_key_path")
+    server_key_path: str = setting("", str, "the key of that certificate", "server_cert_path")
+    server_client_ca_path: str = setting("", str, "callers need a certificate that this CA signed", "server_cert_path")
     max_ttl: int = setting("9000000000s", duration(1, MAX_TTL_SECONDS, math.ceil), "the longest ttl to grant")
     storage_type: str = setting("etcd", _storage, "etcd, or mock: in memory, lost with the process")
     etcd_addr_list: tuple[Address, ...] = setting("http://localhost:2379", endpoints, "endpoints, comma-separated")
-    etcd_timeout: float = setting("5s", _budget, "one storage operation, all tries together")
-    etcd_username: str = setting("", str, "for an etcd with auth enabled")
-    etcd_password: str = setting("", str, "the password of that user")
+    etcd_timeout: float = setting("5s", duration(0.001, MAX_TTL_SECONDS), "one storage operation, all tries together")
+    etcd_username: str = setting("", str, "for an etcd with auth enabled", "etcd_password")
+    etcd_password: str = setting("", str, "the password of that user", "etcd_username")
     etcd_tls: bool = setting("false", boolean, "TLS to etcd with the three files below")
     ca_cert_path: str = setting("/etc/etcd/ca.crt", str, "who signed etcd's certificate")
     client_cert_path: str = setting("/etc/etcd/client.crt", str, "what this daemon shows to etcd")
@@ -334,35 +331,30 @@ class Config:
         """The configuration in `env`, such as os.environ. Raises ConfigError for the first variable that is wrong."""
         given = {}
         for one in fields(cls):
-            if (text := env.get(variable(one.name))) is not None:
+            name, needs = variable(one.name), one.metadata["needs"]
+            if (text := env.get(name)) is not None:
                 try:
                     given[one.name] = one.metadata["parse"](text)
                 except ValueError as fault:
-                    raise ConfigError(f"{variable(one.name)}: {fault}") from fault
+                    raise ConfigError(f"{name}: {fault}") from fault
+            if text and needs and not env.get(variable(needs)):
+                raise ConfigError(f"{variable(needs)}: empty, but {name} needs it")
         config = cls(**given)
-        for name, other in _TOGETHER.items():
-            if getattr(config, name) and not getattr(config, other):
-                raise ConfigError(f"{variable(other)}: empty, but {variable(name)} needs it")
-        plain = [f"http://{address}" for address in config.etcd_addr_list if address.tls is False]
-        if config.etcd_tls and plain:
-            wanted = f"not https://, or without a scheme, as {variable('etcd_tls')}=true wants it"
-            raise ConfigError(f"{variable('etcd_addr_list')}: {wanted}: {quote(plain[0])}")
+        for address in config.etcd_addr_list if config.etcd_tls else ():
+            if address.tls is False:
+                wanted = f"not https://, or without a scheme, as {variable('etcd_tls')}=true wants it"
+                raise ConfigError(f"{variable('etcd_addr_list')}: {wanted}: {quote(f'http://{address}')}")
         return config
 
 
-_TOGETHER = {"server_cert_path": "server_key_path", "server_key_path": "server_cert_path"}
-_TOGETHER |= {"etcd_username": "etcd_password", "etcd_password": "etcd_username"}
-_TOGETHER |= {"server_client_ca_path": "server_cert_path"}
 # What Kubernetes adds for a Service named shared-lock…: …_SERVICE_HOST, …_SERVICE_PORT_HTTP, …_PORT_8080_TCP_ADDR.
-_SERVICE_LINK = re.compile(
-    r"[^=]+_(SERVICE_(HOST|PORT(_\w+)?)|PORT_[0-9]+_(TCP|UDP|SCTP)(_\w+)?)=.*|[^=]+_PORT=(tcp|udp|sctp)://.*", re.DOTALL
-)
+_OF_A_SERVICE = r"[^=]+_(SERVICE_(HOST|PORT(_\w+)?)|PORT_[0-9]+_(TCP|UDP|SCTP)(_\w+)?)=|[^=]+_PORT=(tcp|udp|sctp)://"
 
 
 def unknown_variables(env: Mapping[str, str]) -> list[str]:
     """Names that look like ours and are not: most likely a typo, which would silently leave a default in force."""
     ours = {name for name in env if name.startswith(variable(""))} - {variable(one.name) for one in fields(Config)}
-    return sorted(name for name in ours if not _SERVICE_LINK.fullmatch(f"{name}={env[name]}"))
+    return sorted(name for name in ours if not re.match(_OF_A_SERVICE, f"{name}={env[name]}"))
 
 
 @contextlib.contextmanager
@@ -376,13 +368,11 @@ def _usable(config: Config, name: str, expected: str) -> Iterator[str]:
 
 
 class Renewed(Generic[Item]):
-    """What `read` makes of these files, and makes again when one of them has changed. What cannot be used then leaves
-    the old in force."""
+    """What `read` makes of these files, and makes again when one has changed. If it cannot, the old stays in force."""
 
     def __init__(self, read: Callable[[], Item], *paths: str) -> None:
         """Raises the ConfigError of `read`."""
-        self._read = read
-        self._paths = paths
+        self._read, self._paths = read, paths
         self._mutex = threading.Lock()  # owns the two below
         self._seen = self._look()  # before the read: a change in between is seen the next time
         self._current = read()
@@ -404,41 +394,33 @@ class Renewed(Generic[Item]):
         return None  # one is missing
 
 
-def bearer_tokens(config: Config) -> Renewed[list[bytes]]:
+def read_tokens(config: Config) -> list[bytes]:
     """The tokens of which callers must show one. Raises ConfigError."""
-
-    def read() -> list[bytes]:
-        with _usable(config, "server_token_path", "a file with a token a line") as path, open(path, "rb") as file:
-            if tokens := [line.strip() for line in file if line.strip()]:
-                return tokens
-            raise ValueError("it is empty")
-
-    return Renewed(read, config.server_token_path)
+    with _usable(config, "server_token_path", "a file with a token a line") as path, open(path, "rb") as file:
+        if tokens := [line.strip() for line in file if line.strip()]:
+            return tokens
+        raise ValueError("it is empty")
 
 
-def tls_context(
-    config: Config, purpose: ssl.Purpose, ca: str = "", cert: str = "", key: str = ""
-) -> Renewed[ssl.SSLContext]:
-    """TLS with the files in these settings; without any, as curl would. Raises ConfigError."""
-    ca = ca if ca and getattr(config, ca) else ""
+def tls_context(config: Config, purpose: ssl.Purpose, *names: str) -> Renewed[ssl.SSLContext]:
+    """TLS with the CA, certificate and key in these settings; without any, as curl would. Raises ConfigError."""
 
     def read() -> ssl.SSLContext:
-        with _usable(config, ca, "a certificate in PEM") if ca else contextlib.nullcontext("") as path:
-            context = ssl.create_default_context(purpose, cafile=path or None)
+        with _usable(config, names[0], "a certificate in PEM") if names else contextlib.nullcontext("") as ca:
+            context = ssl.create_default_context(purpose, cafile=ca or None)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.verify_flags &= ~ssl.VERIFY_X509_STRICT  # since CPython 3.13; Go and curl accept more, and so do we
         if ca:
             context.verify_mode = ssl.CERT_REQUIRED
-        if cert:
-            with _usable(config, key, "a file that can be read") as key_path:
-                open(key_path, "rb").close()
-            its_key = f"{variable(key)}={quote(key_path)}"
-            with _usable(config, cert, f"a certificate in PEM for the open key {its_key}") as path:
-                # The password keeps OpenSSL from asking for one on the terminal.
-                context.load_cert_chain(path, key_path, password="")
+        if names:
+            with _usable(config, names[2], "a file that can be read") as key:
+                open(key, "rb").close()
+            expected = f"a certificate in PEM for the open key {variable(names[2])}={quote(key)}"
+            with _usable(config, names[1], expected) as cert:
+                context.load_cert_chain(cert, key, password="")  # or OpenSSL asks for one on the terminal
         return context
 
-    return Renewed(read, *(getattr(config, name) for name in (ca, cert, key) if name))
+    return Renewed(read, *(path for name in names if (path := getattr(config, name))))
 
 
 # == Wire: HTTP/1.1 messages over one socket =========================================================================
@@ -449,6 +431,7 @@ def tls_context(
 
 _TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110, 5.6.2
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
+_CHUNK = re.compile(r"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?")
 _RECEIVE_BYTES = 16 << 10  # one recv; nearly every message is smaller
 
 
@@ -469,26 +452,18 @@ def parse_headers(lines: Iterable[str]) -> dict[str, str]:
 
 def body_length(headers: Mapping[str, str], limit: int) -> int | None:
     """The bytes of the body that these headers announce; None: it comes in chunks. Raises BadRequest."""
-    length, coding = headers.get("content-length"), headers.get("transfer-encoding")
-    if length is None:
-        if coding is not None and coding.lower() != "chunked":
+    if (coding := headers.get("transfer-encoding")) is not None:
+        if "content-length" in headers:
+            raise BadRequest("content-length together with transfer-encoding")
+        if coding.lower() != "chunked":
             raise BadRequest(f"transfer-encoding: not chunked: {quote(coding)}")
-        return 0 if coding is None else None
-    if coding is not None:
-        raise BadRequest("content-length together with transfer-encoding")
+        return None
+    length = headers.get("content-length", "0")
     if not (length.isascii() and length.isdigit()):
         raise BadRequest(f"content-length: not a number: {quote(length)}")
     if len(length.lstrip("0")) > 18 or int(length) > limit:
         raise BadRequest(f"the body is larger than {limit} bytes", 413)
     return int(length)
-
-
-@functools.lru_cache(maxsize=256)
-def parse_chunk_size(line: bytes) -> int:
-    digits = line.partition(b";")[0].rstrip(b" \t")
-    if not re.fullmatch(rb"[0-9A-Fa-f]{1,8}", digits) or b"\n" in line or b"\r" in line:
-        raise BadRequest(f"not the size of a chunk: {quote(line.decode('latin-1'))}")
-    return int(digits, 16)
 
 
 class Wire:
@@ -512,7 +487,7 @@ class Wire:
         if length is not None:
             return self._exactly(length, deadline)
         parts: list[bytes] = []
-        while size := parse_chunk_size(self._line(deadline)):
+        while size := self._chunk_size(deadline):
             limit -= size
             if limit < 0:
                 raise BadRequest("the body in chunks is too large", 413)
@@ -522,11 +497,16 @@ class Wire:
         for _ in range(MAX_HEADERS + 1):
             if not (line := self._line(deadline)):
                 return b"".join(parts)
-            parse_headers([line.decode("latin-1")])
+            parse_headers([line])
         raise BadRequest(f"more than {MAX_HEADERS} trailers", 431)
 
-    def _line(self, deadline: float) -> bytes:
-        return self._until(b"\r\n", _RECEIVE_BYTES, "a line between chunks", 400, deadline)
+    def _chunk_size(self, deadline: float) -> int:
+        if not (match := _CHUNK.fullmatch(line := self._line(deadline))):
+            raise BadRequest(f"not the size of a chunk: {quote(line)}")
+        return int(match[1], 16)
+
+    def _line(self, deadline: float) -> str:
+        return self._until(b"\r\n", _RECEIVE_BYTES, "a line between chunks", 400, deadline).decode("latin-1")
 
     def _until(self, mark: bytes, limit: int, what: str, status: int, deadline: float) -> bytes:
         """What comes before the mark, which is skipped. What trickles in is not searched from its start each time."""
@@ -793,7 +773,8 @@ class Server(socketserver.ThreadingTCPServer):
         self.silent_until = math.inf  # a connection without a request is closed then
         names = ("server_client_ca_path", "server_cert_path", "server_key_path")
         self.tls = tls_context(config, ssl.Purpose.CLIENT_AUTH, *names) if config.server_cert_path else None
-        self._tokens = bearer_tokens(config) if config.server_token_path else None
+        tokens = config.server_token_path
+        self._tokens = Renewed(lambda: read_tokens(config), tokens) if tokens else None
         self._mutex = threading.Condition()  # owns the set below; notified of each connection that closes
         self._connections: set[Connection] = set()
         listener = listen(config.server_host, config.server_port)
