@@ -50,7 +50,6 @@ import secrets
 import select
 import signal
 import socket
-import socketserver
 import ssl
 import struct
 import sys
@@ -436,10 +435,8 @@ _RECEIVE_BYTES = 16 << 10  # one recv; nearly every message is smaller
 
 
 def parse_headers(lines: Iterable[str]) -> dict[str, str]:
-    """Values by name in lower case; headers of one name are joined with ", ". Raises BadRequest.
-
-    RFC 9112, 5: strict, since what two parties read differently can be used to smuggle a request past one.
-    """
+    """Values by name in lower case; headers of one name are joined with ", ". Raises BadRequest. Strict (RFC 9112, 5),
+    since what two parties read differently can be used to smuggle a request past one."""
     headers: dict[str, str] = {}
     for line in lines:
         name, colon, value = line.partition(":")
@@ -461,7 +458,7 @@ def body_length(headers: Mapping[str, str], limit: int) -> int | None:
     length = headers.get("content-length", "0")
     if not (length.isascii() and length.isdigit()):
         raise BadRequest(f"content-length: not a number: {quote(length)}")
-    if len(length.lstrip("0")) > 18 or int(length) > limit:
+    if len(length) > 18 or int(length) > limit:
         raise BadRequest(f"the body is larger than {limit} bytes", 413)
     return int(length)
 
@@ -469,9 +466,8 @@ def body_length(headers: Mapping[str, str], limit: int) -> int | None:
 class Wire:
     """A socket, and the bytes received from it but not used yet. It belongs to one thread at a time.
 
-    Deadlines are on the clock of time.monotonic; math.inf is none. Reading raises EOFError where the other side has
-    ended the stream, TimeoutError, BadRequest, or ConnectionError.
-    """
+    Deadlines are on the clock of time.monotonic; math.inf is none. Reading raises EOFError at the end of the stream,
+    TimeoutError, BadRequest, or ConnectionError."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
@@ -488,8 +484,7 @@ class Wire:
             return self._exactly(length, deadline)
         parts: list[bytes] = []
         while size := self._chunk_size(deadline):
-            limit -= size
-            if limit < 0:
+            if (limit := limit - size) < 0:
                 raise BadRequest("the body in chunks is too large", 413)
             parts.append(self._exactly(size, deadline))
             if self._exactly(2, deadline) != b"\r\n":
@@ -566,6 +561,10 @@ class Wire:
 
 # == Connections: bytes become a Request, a Response becomes bytes ===================================================
 
+# curl sends a path as it was typed: UTF-8 that is not percent-encoded is welcome, other bytes are not.
+_REQUEST_LINE = re.compile(rf"({_TOKEN.pattern}) ([^\x00-\x20\x7f\ud800-\udfff]+) HTTP/([0-9])\.([0-9])")
+_HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[\w.~!$&'()*+;=%-]*)(?::[0-9]*)?", re.ASCII)  # RFC 3986, 3.2.2
+
 
 class Request(NamedTuple):
     """What a caller sent. Header names are in lower case; `client` is its address."""
@@ -595,18 +594,13 @@ def error(fault: BadRequest) -> Response:
     return Response(fault.status, f"{fault}\n".encode("utf-8", "backslashreplace"), TEXT, fault.headers)
 
 
-# curl sends a path as it was typed: UTF-8 that is not percent-encoded is welcome, other bytes are not.
-_REQUEST_LINE = re.compile(rf"({_TOKEN.pattern}) ([^\x00-\x20\x7f\ud800-\udfff]+) HTTP/([0-9])\.([0-9])")
-_HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[\w.~!$&'()*+;=%-]*)(?::[0-9]*)?", re.ASCII)  # RFC 3986, 3.2.2
-
-
+@functools.lru_cache(maxsize=1024)  # a client sends the same head again, byte for byte: 4 µs become 0.1 µs
 def parse_head(data: bytes) -> Request:
     """The request that begins with this head. Raises BadRequest."""
     line, *header_lines = data.decode("utf-8", "surrogateescape").split("\r\n")
     if len(header_lines) > MAX_HEADERS:
         raise BadRequest(f"more than {MAX_HEADERS} headers", 431)
-    match = _REQUEST_LINE.fullmatch(line)
-    if not match:
+    if not (match := _REQUEST_LINE.fullmatch(line)):
         raise BadRequest(f"not a request line: {quote(line)}")
     method, target, major, minor = match.groups()
     if major != "1":
@@ -624,22 +618,17 @@ def parse_head(data: bytes) -> Request:
     return Request(method, path or "/", query, headers, keep_alive, f"HTTP/1.{minor}")
 
 
-# A client sends the same head again and again, byte for byte: 4 µs become 0.1 µs. Long heads are not worth the memory.
-_parse_short_head = functools.lru_cache(maxsize=1024)(parse_head)
-
-
-@functools.lru_cache(maxsize=1)
-def http_date(second: int) -> str:
-    return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(second))
-
-
-_REASON = {status.value: status.phrase for status in http.HTTPStatus}
+@functools.lru_cache(maxsize=64)
+def _first_lines(status: int, second: int) -> str:
+    """What all answers with this status have in common for a second."""
+    date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(second))
+    return f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\nDate: {date}\r\n"
 
 
 def render(response: Response, request: Request | None, keep_alive: bool) -> bytes:
     """The answer as bytes. `request` is None where it could not be read."""
     status, body = response.status, response.body
-    head = f"HTTP/1.1 {status} {_REASON[status]}\r\nDate: {http_date(int(time.time()))}\r\n"
+    head = _first_lines(status, int(time.time()))
     if status != 204:  # RFC 9110, 8.6: no Content-Length with 204
         head += f"Content-Type: {response.content_type}\r\nContent-Length: {len(body)}\r\n"
     head += "".join([f"{name}: {value}\r\n" for name, value in response.headers])
@@ -649,34 +638,36 @@ def render(response: Response, request: Request | None, keep_alive: bool) -> byt
     return data if request and request.method == "HEAD" else data + body
 
 
-class Connection(socketserver.BaseRequestHandler):
-    """Serves one connection in its own thread, request by request."""
+class Connection:
+    """One caller's connection, served request by request in its own thread."""
 
-    server: Server
-
-    def setup(self) -> None:
-        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.wire = Wire(self.request)
-        host, port = self.client_address[:2]
-        self.client = str(Address(host.removeprefix("::ffff:"), port))
+    def __init__(self, server: Server, sock: socket.socket, address: tuple[Any, ...]) -> None:
+        self.server = server
+        self.wire = Wire(sock)
+        self.client = str(Address(address[0].removeprefix("::ffff:"), address[1]))
         self.doing = ""  # what is read or answered; empty while it is silent
-        self.server.note(self, is_open=True)
+        server.connections.add(self)
 
-    def finish(self) -> None:
-        self.server.note(self, is_open=False)
-        if isinstance(self.wire.sock, ssl.SSLSocket):  # which the server does not know
-            self.wire.sock.settimeout(0)
-            with contextlib.suppress(OSError, ValueError), self.wire.sock:
-                self.wire.sock.unwrap()  # says goodbye, and does not wait for the answer
-
-    def handle(self) -> None:
+    def serve(self) -> None:
         try:
+            self.wire.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._shake_hands()
             while self._serve_one():
                 pass
         except (EOFError, OSError) as fault:  # the caller has gone, or idled too long
             if self.doing or isinstance(fault, ssl.SSLError):
                 event(DEBUG, "connection lost", client=self.client, doing=self.doing, reason=reason(fault))
+        except Exception as fault:  # a defect of ours
+            event(ERROR, "connection failed", **_defect(fault))
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError, ValueError), self.wire.sock as sock:
+            if isinstance(sock, ssl.SSLSocket):
+                sock.settimeout(0)
+                sock.unwrap()  # says goodbye, and does not wait for the answer
+        self.server.connections.discard(self)
 
     def shutdown(self, how: int) -> None:
         """Ends one half of the connection. After SHUT_RD, a request that has arrived already is still answered."""
@@ -686,9 +677,9 @@ class Connection(socketserver.BaseRequestHandler):
     def _shake_hands(self) -> None:
         """TLS, in our own thread: a caller that never shakes hands stops nobody else."""
         if self.server.tls:
-            self.request.settimeout(self.server.config.server_read_timeout or None)
-            sock = self.server.tls.get().wrap_socket(self.request, server_side=True, do_handshake_on_connect=False)
-            self.wire = Wire(sock)
+            sock = self.server.tls.get().wrap_socket(self.wire.sock, server_side=True, do_handshake_on_connect=False)
+            self.wire.sock = sock  # before it shakes hands, so that a stop can end that
+            sock.settimeout(self.server.config.server_read_timeout or None)
             sock.do_handshake()
 
     def _serve_one(self) -> bool:
@@ -716,17 +707,18 @@ class Connection(socketserver.BaseRequestHandler):
         """Waits for a request's first byte. Empty lines before it are skipped: RFC 9112, 2.2."""
         self.doing = ""
         deadline = deadline_after(self.server.config.server_idle_timeout)
-        while not self.wire.buffer.lstrip(b"\r\n"):
+        while not (unread := self.wire.buffer.lstrip(b"\r\n")):
             self.wire.buffer.clear()
             # While it stops, at least a moment for a request that is on its way.
             self.wire.receive(min(deadline, max(self.server.silent_until, time.monotonic() + 0.05)))
+        self.wire.buffer = unread
         self.doing = "reading a request"
-        if self.wire.buffer[0] in b"\r\n":
-            self.wire.buffer = self.wire.buffer.lstrip(b"\r\n")
 
     def _read_request(self, deadline: float) -> Request:
         data = self.wire.head(deadline)
-        request = _parse_short_head(data) if len(data) < 1024 else parse_head(data)
+        request = (parse_head if len(data) < 1024 else parse_head.__wrapped__)(
+            data
+        )  # a long one is not worth the memory
         self.server.authorize(request)
         length = body_length(request.headers, MAX_BODY_BYTES)
         waits = request.headers.get("expect", "").lower() == "100-continue" and request.version != "HTTP/1.0"
@@ -758,12 +750,8 @@ class Connection(socketserver.BaseRequestHandler):
         return bool(poll.poll(0))
 
 
-class Server(socketserver.ThreadingTCPServer):
+class Server:
     """Accepts connections and knows which are open, so that it can stop without losing a request."""
-
-    daemon_threads = True  # block_on_close would wait for silent clients, too: stop() waits for the others only
-    block_on_close = False
-    timeout = 0.1  # seconds: how late handle_request() notices a signal that another thread received
 
     def __init__(self, config: Config, api: Api) -> None:
         """Listens on the configured address. Raises OSError or ConfigError."""
@@ -771,16 +759,29 @@ class Server(socketserver.ThreadingTCPServer):
         self.api = api
         self.stopping = False
         self.silent_until = math.inf  # a connection without a request is closed then
+        self.connections: set[Connection] = set()  # each takes itself out; add, discard and list() are atomic
         names = ("server_client_ca_path", "server_cert_path", "server_key_path")
         self.tls = tls_context(config, ssl.Purpose.CLIENT_AUTH, *names) if config.server_cert_path else None
-        tokens = config.server_token_path
-        self._tokens = Renewed(lambda: read_tokens(config), tokens) if tokens else None
-        self._mutex = threading.Condition()  # owns the set below; notified of each connection that closes
-        self._connections: set[Connection] = set()
-        listener = listen(config.server_host, config.server_port)
-        # TCPServer's own __init__ would make a socket for one family.
-        socketserver.BaseServer.__init__(self, listener.getsockname(), Connection)
-        self.socket = listener
+        path = config.server_token_path
+        self._tokens = Renewed(lambda: read_tokens(config), path) if path else None
+        self.socket = listen(config.server_host, config.server_port)
+        self.socket.settimeout(0.1)  # seconds: how late a signal is noticed that another thread received
+
+    def handle_request(self) -> bool:
+        """Accepts a connection, and gives it a thread; False if there is none, or no means to serve it."""
+        try:
+            connection = Connection(self, *self.socket.accept())
+            try:
+                threading.Thread(target=connection.serve, daemon=True).start()
+            except RuntimeError as fault:
+                connection.close()
+                raise OSError(errno.ENOMEM, str(fault)) from fault
+        except OSError as fault:
+            if fault.errno in OWN_SHORTAGES:
+                event(ERROR, "accept failed", reason=reason(fault))
+                time.sleep(0.1)  # seconds; without it the loop would spin
+            return False
+        return True
 
     def authorize(self, request: Request) -> None:
         """Raises BadRequest unless the request shows one of the tokens, where tokens are needed."""
@@ -789,26 +790,8 @@ class Server(socketserver.ThreadingTCPServer):
             shown = given.strip().encode("utf-8", "surrogateescape")
             known = [secrets.compare_digest(shown, token) for token in self._tokens.get()]  # all, in constant time
             if scheme.lower() != "bearer" or True not in known:
-                wanted = ("WWW-Authenticate", "Bearer")
-                raise BadRequest("authorization: not Bearer with a token that is known here", 401, wanted)
-
-    def get_request(self) -> tuple[socket.socket, Any]:
-        """The next connection; handle_request() goes on after an OSError."""
-        try:
-            return super().get_request()
-        except OSError as fault:
-            if fault.errno in OWN_SHORTAGES:
-                event(ERROR, "accept failed", reason=reason(fault))
-                time.sleep(0.1)  # seconds; without it the loop would spin
-            raise
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        event(ERROR, "connection failed", **_defect(sys.exception()))
-
-    def note(self, connection: Connection, is_open: bool) -> None:
-        with self._mutex:
-            (self._connections.add if is_open else self._connections.discard)(connection)
-            self._mutex.notify_all()
+                wanted = "authorization: not Bearer with a token that is known here"
+                raise BadRequest(wanted, 401, ("WWW-Authenticate", "Bearer"))
 
     def stop(self, timeout: float) -> None:
         """Accepts no more, answers what is in flight, closes silent connections SILENT_SECONDS later, and after
@@ -816,25 +799,22 @@ class Server(socketserver.ThreadingTCPServer):
         self.stopping = True
         self.silent_until = time.monotonic() + SILENT_SECONDS
         deadline = deadline_after(timeout)
-        self.socket.setblocking(False)
-        with contextlib.suppress(OSError):  # BlockingIOError: all that were let in have been accepted
-            while True:
-                self.process_request(*self.get_request())
+        self.socket.settimeout(0)
+        while self.handle_request():  # all that were let in
+            pass
         self.socket.close()
         self.api.service.dismiss_waiting()
-        with self._mutex:
-            self._await_closed(min(self.silent_until, deadline))
-            for connection in self._connections:
-                if not connection.doing:
-                    connection.shutdown(socket.SHUT_RD)
-            self._await_closed(deadline)
-            for connection in self._connections:
-                event(WARNING, "connection cut", client=connection.client, doing=connection.doing or "nothing")
+        self._await_closed(min(self.silent_until, deadline))
+        for connection in list(self.connections):
+            if not connection.doing:
+                connection.shutdown(socket.SHUT_RD)
+        self._await_closed(deadline)
+        for connection in list(self.connections):
+            event(WARNING, "connection cut", client=connection.client, doing=connection.doing or "nothing")
 
     def _await_closed(self, deadline: float) -> None:
-        """The caller holds the mutex."""
-        while self._connections and (left := deadline - time.monotonic()) > 0:
-            self._mutex.wait(min(left, self.timeout))  # for a second signal that another thread receives
+        while self.connections and time.monotonic() < deadline:
+            time.sleep(0.01)  # seconds; and not for a notice, so that a second signal ends it
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -845,17 +825,14 @@ def listen(host: str, port: int) -> socket.socket:
         except OSError as fault:
             if fault.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
                 raise
-    family, _, _, _, address = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)[0]
+    family, *_, address = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)[0]
     return socket.create_server(address, family=family, backlog=1024)
 
 
-def _defect(fault: BaseException | None) -> dict[str, object]:
+def _defect(fault: BaseException) -> dict[str, object]:
     """An error that nobody expected, for the log: what, and where."""
-    frames = traceback.extract_tb(fault.__traceback__) if fault else []
-    return {
-        "error": repr(fault),
-        "at": f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else "?",
-    }
+    frame = traceback.extract_tb(fault.__traceback__)[-1]
+    return {"error": repr(fault), "at": f"{os.path.basename(frame.filename)}:{frame.lineno}"}
 
 
 # == API: what a Request asks for, and its answer ====================================================================
