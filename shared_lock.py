@@ -1,14 +1,13 @@
 """shared-lock lends distributed locks over HTTP and keeps them in etcd. This file is all of it.
 
     $ curl -X POST localhost:8080/lease -H 'x-lease-ttl: 60s' -d '{"key": "nightly"}'
-    2264587979177505296                       201: the lock is yours for 60 s; this is your lease
-    $ curl -X POST localhost:8080/keepalive -d 2264587979177505296
-                                              200: another 60 s from now; 204 would mean that it is lost
+    2264587979177505296                                          # 201: it is yours for 60 s; this is your lease
+    $ curl -X POST localhost:8080/keepalive -d 2264587979177505296   # 200: 60 s from now; 204: it is lost
 
 What a holder may rely on: etcd never has two holders of one key, and the lock lives at least as long as its ttl,
-counted from the moment the holder *sent* the request that was answered 201 or 200.
-What nobody may rely on: that a holder whose lease ran out has stopped. It may be paused and wake up later. Only
-the protected resource can stop it, by refusing a fencing token smaller than one it has seen.
+counted from the moment the holder *sent* the request that was answered 201 or 200. What nobody may rely on: that a
+holder whose lease ran out has stopped. It may be paused and wake up later. Only the protected resource can stop it,
+by refusing a fencing token smaller than one it has seen.
 
 One lock is one etcd lease and one key put with it, `/shared-lock/` + key. There is no other state, so any number of
 replicas may serve one etcd. The rooms of this file in their order, which is also the way of a request:
@@ -70,8 +69,7 @@ DEFAULT_TTL_SECONDS = 10  # of a POST /lease without x-lease-ttl
 MAX_TTL_SECONDS = 9_000_000_000  # etcd's own limit
 MAX_WAIT_SECONDS = 60  # of x-lease-wait
 MAX_LOCKS_LISTED = 1000  # by one GET /lease?prefix=
-MAX_BODY_BYTES = 64 << 10  # of a request
-MAX_HEAD_BYTES = 64 << 10  # of a request line and its headers together
+MAX_HEAD_BYTES = MAX_BODY_BYTES = 64 << 10  # of a request; its head is the request line and the headers
 MAX_HEADERS = 100
 SILENT_SECONDS = 0.5  # how long a stop waits for requests that are on their way on kept connections
 TEXT = "text/plain; charset=utf-8"
@@ -94,31 +92,28 @@ class Log:
         self.debug = False
         self.dropped = 0  # lines, since the start
         self._told = 0  # of them, those that a later line has told
-        self._mutex = threading.Lock()  # owns the numbers above, and the room that poll saw in the pipe
-        self._poll = select.poll()
-        self._poll.register(2, select.POLLOUT)
+        self._mutex = threading.Lock()  # owns the numbers above, and the room that select saw in the pipe
 
-    def write(self, line: str) -> None:
+    def event(self, level: str, name: str, **shown: object) -> None:
+        """One line: time=2026-11-23T03:21:00.000Z level=info event=granted key=nightly lease=4711 …"""
+        if level == DEBUG and not self.debug:
+            return
+        now = time.time()  # the logging module takes 5 µs longer for a line
+        stamp = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now))}.{int(now % 1 * 1000):03}Z"
+        words = [f" {k}={v if _PLAIN.fullmatch(str(v)) else quote(v)}" for k, v in {"event": name, **shown}.items()]
+        line = f"time={stamp} level={level}{''.join(words)}"[:1000]
         with self._mutex:
             lost = f" lines_lost={self.dropped - self._told}" if self.dropped > self._told else ""
             with contextlib.suppress(OSError):  # nobody will ever read it
-                if self._poll.poll(0):  # a pipe with room takes 4,096 bytes without blocking (PIPE_BUF)
-                    os.write(2, f"{line[:1000]}{lost}\n".encode())
+                if select.select([], [2], [], 0)[1]:  # a pipe with room takes 4,096 bytes without blocking (PIPE_BUF)
+                    os.write(2, f"{line}{lost}\n".encode())
                     self._told = self.dropped
                     return
             self.dropped += 1
 
 
 log = Log()
-
-
-def event(level: str, name: str, **shown: object) -> None:
-    """One line: time=2026-11-23T03:21:00.000Z level=info event=granted key=nightly lease=4711 …"""
-    if level != DEBUG or log.debug:  # the logging module takes 5 µs longer for a line
-        now = time.time()
-        stamp = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now))}.{int(now % 1 * 1000):03}Z"
-        words = [f" {k}={v if _PLAIN.fullmatch(str(v)) else quote(v)}" for k, v in {"event": name, **shown}.items()]
-        log.write(f"time={stamp} level={level}{''.join(words)}")
+event = log.event
 
 
 def quote(value: object) -> str:
@@ -129,7 +124,6 @@ def quote(value: object) -> str:
 
 
 # == Words: errors and small data ====================================================================================
-#
 # Errors are split by who must act: the caller (BadRequest), the operator at the start (ConfigError), nobody yet
 # (StorageError), or the caller with care (OutcomeUnknown). That a key is held, or a lease gone, is an answer.
 
@@ -166,41 +160,33 @@ class OutcomeUnknown(StorageError):
 
 
 class LockRequest(NamedTuple):
-    """What a POST /lease asks for; ttl and wait are in seconds."""
-
     key: str
     value: str = ""
     ttl: int = DEFAULT_TTL_SECONDS
-    wait: float = 0
+    wait: float = 0  # seconds
     lease: int = 0  # the ID that the caller chose, or 0
     client: str = ""  # its address, for the log
     hung_up: Callable[[], bool] = lambda: False  # tells whether the caller has gone meanwhile
 
 
 class Grant(NamedTuple):
-    """A lock that was taken: its lease, the granted ttl in seconds, its fencing token."""
-
     lease: int
-    ttl: int
-    token: int
+    ttl: int  # as it was granted, in seconds
+    token: int  # the fencing token
 
 
 class Holder(NamedTuple):
-    """Who holds a key: its lease (0: none) and fencing token; the others where they were asked for, ttls in seconds."""
-
-    lease: int
-    token: int
-    value: str = ""
-    ttl: int | None = None  # what is left of it
+    lease: int  # 0: a key without one
+    token: int  # the fencing token
+    value: str = ""  # this and the ttls only where they were asked for
+    ttl: int | None = None  # the seconds that are left of it
     granted_ttl: int | None = None
 
 
 class Address(NamedTuple):
-    """Where somebody listens; `tls` is None where an endpoint names no scheme."""
-
     host: str
     port: int
-    tls: bool | None = None
+    tls: bool | None = None  # None: the endpoint names no scheme
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
@@ -226,8 +212,10 @@ def reason(fault: BaseException) -> str:
 
 _NUMBER = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
 _DURATION = re.compile(rf"([+-]?)((?:{_NUMBER}(?:ns|us|µs|μs|ms|s|m|h))+|{_NUMBER})")
-_DURATION_PART = re.compile(rf"({_NUMBER})([^0-9.]*)")
 _UNITS = {"ns": "1e-9", "us": "1e-6", "µs": "1e-6", "μs": "1e-6", "ms": "1e-3", "s": "1", "m": "60", "h": "3600"}
+_ENDPOINT = re.compile(r"(?:(https?)://)?(?:\[([0-9A-Fa-f:.%]+)\]|([^\s:/?#@\[\]]+)):([0-9]{1,5})/?")
+# What Kubernetes adds for a Service named shared-lock…: …_SERVICE_HOST, …_SERVICE_PORT_HTTP, …_PORT_8080_TCP_ADDR.
+_OF_A_SERVICE = r"[^=]+_(SERVICE_(HOST|PORT(_\w+)?)|PORT_[0-9]+_(TCP|UDP|SCTP)(_\w+)?)=|[^=]+_PORT=(tcp|udp|sctp)://"
 
 
 @functools.lru_cache(maxsize=256)
@@ -235,13 +223,11 @@ def parse_duration(text: str) -> Fraction:
     """The seconds in a Go duration ("1m30s", "1500ms") or a bare number of seconds, exactly. Raises ValueError."""
     if len(text) > 100 or not (match := _DURATION.fullmatch(text)):
         raise ValueError(f"not a duration: {quote(text)}")
-    parts = [Fraction(n) * Fraction(_UNITS[unit or "s"]) for n, unit in _DURATION_PART.findall(match[2])]
+    parts = [Fraction(n) * Fraction(_UNITS[unit or "s"]) for n, unit in re.findall(rf"({_NUMBER})([^0-9.]*)", match[2])]
     return sum(parts, Fraction()) * (-1 if match[1] == "-" else 1)
 
 
 def between(low: float, high: float, parse: Callable[[str], Any], unit: str = "") -> Callable[[str], Any]:
-    """The parser with a range, both ends included."""
-
     def parse_in_range(text: str) -> Any:
         if low <= (value := parse(text)) <= high:
             return value
@@ -251,13 +237,10 @@ def between(low: float, high: float, parse: Callable[[str], Any], unit: str = ""
 
 
 def duration(low: float, high: float, rounded: Callable[[Fraction], float] = float) -> Callable[[str], Any]:
-    """A parser of durations, in seconds."""
     return between(low, high, lambda text: rounded(parse_duration(text)), "s")
 
 
 def matching(pattern: str, expected: str, convert: Callable[[str], Any]) -> Callable[[str], Any]:
-    """A parser of texts that match the whole pattern."""
-
     def parse(text: str) -> Any:
         if not re.fullmatch(pattern, text):
             raise ValueError(f"not {expected}: {quote(text)}")
@@ -269,7 +252,7 @@ def matching(pattern: str, expected: str, convert: Callable[[str], Any]) -> Call
 whole = matching("-?[0-9]{1,19}", "a whole number", int)
 # As Go's strconv.ParseBool.
 boolean = matching("[1tT]|TRUE|[tT]rue|[0fF]|FALSE|[fF]alse", "a boolean, true or false", lambda text: text[0] in "1tT")
-_ENDPOINT = re.compile(r"(?:(https?)://)?(?:\[([0-9A-Fa-f:.%]+)\]|([^\s:/?#@\[\]]+)):([0-9]{1,5})/?")
+_timeout, _storage = duration(0, MAX_TTL_SECONDS), matching("etcd|mock", "etcd or mock", str)
 
 
 def endpoints(text: str) -> tuple[Address, ...]:
@@ -283,7 +266,6 @@ def endpoints(text: str) -> tuple[Address, ...]:
 
 
 def variable(name: str) -> str:
-    """The environment variable of a field of Config."""
     return "SHARED_LOCK_" + name.upper()
 
 
@@ -291,9 +273,6 @@ def setting(default: str, parse: Callable[[str], Any], meaning: str, needs: str 
     """A field of Config: its default as the environment would give it, its parser, its --help, what it needs set."""
     shown = {"default": default, "parse": parse, "meaning": meaning, "needs": needs}
     return field(default=parse(default), metadata=shown)
-
-
-_timeout, _storage = duration(0, MAX_TTL_SECONDS), matching("etcd|mock", "etcd or mock", str)
 
 
 @dataclass(frozen=True)
@@ -339,15 +318,19 @@ class Config:
             if text and needs and not env.get(variable(needs)):
                 raise ConfigError(f"{variable(needs)}: empty, but {name} needs it")
         config = cls(**given)
-        for address in config.etcd_addr_list if config.etcd_tls else ():
-            if address.tls is False:
-                wanted = f"not https://, or without a scheme, as {variable('etcd_tls')}=true wants it"
-                raise ConfigError(f"{variable('etcd_addr_list')}: {wanted}: {quote(f'http://{address}')}")
+        if config.etcd_tls and (plain := [address for address in config.etcd_addr_list if address.tls is False]):
+            wanted = f"not https://, or without a scheme, as {variable('etcd_tls')}=true wants it"
+            raise ConfigError(f"{variable('etcd_addr_list')}: {wanted}: {quote(f'http://{plain[0]}')}")
         return config
 
-
-# What Kubernetes adds for a Service named shared-lock…: …_SERVICE_HOST, …_SERVICE_PORT_HTTP, …_PORT_8080_TCP_ADDR.
-_OF_A_SERVICE = r"[^=]+_(SERVICE_(HOST|PORT(_\w+)?)|PORT_[0-9]+_(TCP|UDP|SCTP)(_\w+)?)=|[^=]+_PORT=(tcp|udp|sctp)://"
+    @contextlib.contextmanager
+    def usable(self, name: str, expected: str) -> Iterator[str]:
+        """Gives the path in this setting, and turns what goes wrong with that file into a ConfigError."""
+        path: str = getattr(self, name)
+        try:
+            yield path
+        except (OSError, ValueError) as fault:
+            raise ConfigError(f"{variable(name)}: not {expected}: {quote(path)}: {reason(fault)}") from fault
 
 
 def unknown_variables(env: Mapping[str, str]) -> list[str]:
@@ -356,30 +339,18 @@ def unknown_variables(env: Mapping[str, str]) -> list[str]:
     return sorted(name for name in ours if not re.match(_OF_A_SERVICE, f"{name}={env[name]}"))
 
 
-@contextlib.contextmanager
-def _usable(config: Config, name: str, expected: str) -> Iterator[str]:
-    """Gives the path in this setting, and turns what goes wrong with that file into a ConfigError."""
-    path: str = getattr(config, name)
-    try:
-        yield path
-    except (OSError, ValueError) as fault:
-        raise ConfigError(f"{variable(name)}: not {expected}: {quote(path)}: {reason(fault)}") from fault
-
-
 class Renewed(Generic[Item]):
     """What `read` makes of these files, and makes again when one has changed. If it cannot, the old stays in force."""
 
     def __init__(self, read: Callable[[], Item], *paths: str) -> None:
-        """Raises the ConfigError of `read`."""
         self._read, self._paths = read, paths
-        self._mutex = threading.Lock()  # owns the two below
-        self._seen = self._look()  # before the read: a change in between is seen the next time
-        self._current = read()
+        self._mutex = threading.Lock()  # owns the two below; looks before it reads: a change in between is seen later
+        self._seen, self._current = self._look(), read()
 
     def get(self) -> Item:
         with self._mutex:
-            if (seen := self._look()) != self._seen:
-                self._seen = seen
+            before, self._seen = self._seen, self._look()
+            if self._seen != before:
                 try:
                     self._current = self._read()
                     event(INFO, "files renewed", paths=",".join(self._paths))
@@ -393,29 +364,21 @@ class Renewed(Generic[Item]):
         return None  # one is missing
 
 
-def read_tokens(config: Config) -> list[bytes]:
-    """The tokens of which callers must show one. Raises ConfigError."""
-    with _usable(config, "server_token_path", "a file with a token a line") as path, open(path, "rb") as file:
-        if tokens := [line.strip() for line in file if line.strip()]:
-            return tokens
-        raise ValueError("it is empty")
-
-
 def tls_context(config: Config, purpose: ssl.Purpose, *names: str) -> Renewed[ssl.SSLContext]:
     """TLS with the CA, certificate and key in these settings; without any, as curl would. Raises ConfigError."""
 
     def read() -> ssl.SSLContext:
-        with _usable(config, names[0], "a certificate in PEM") if names else contextlib.nullcontext("") as ca:
+        with config.usable(names[0], "a certificate in PEM") if names else contextlib.nullcontext("") as ca:
             context = ssl.create_default_context(purpose, cafile=ca or None)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.verify_flags &= ~ssl.VERIFY_X509_STRICT  # since CPython 3.13; Go and curl accept more, and so do we
         if ca:
             context.verify_mode = ssl.CERT_REQUIRED
         if names:
-            with _usable(config, names[2], "a file that can be read") as key:
+            with config.usable(names[2], "a file that can be read") as key:
                 open(key, "rb").close()
             expected = f"a certificate in PEM for the open key {variable(names[2])}={quote(key)}"
-            with _usable(config, names[1], expected) as cert:
+            with config.usable(names[1], expected) as cert:
                 context.load_cert_chain(cert, key, password="")  # or OpenSSL asks for one on the terminal
         return context
 
@@ -423,20 +386,22 @@ def tls_context(config: Config, purpose: ssl.Purpose, *names: str) -> Renewed[ss
 
 
 # == Wire: HTTP/1.1 messages over one socket =========================================================================
-#
 # Connections read requests with it, and members etcd's answers. http.server and http.client parse headers with the
 # e-mail package, which takes longer than all the rest of a request: at 64 connections and on one CPU, /health is
 # answered 47,900 times a second, by http.server (buffered, no Nagle) 14,800 times. Being strict is easier here, too.
 
 _TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110, 5.6.2
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
+# curl sends a path as it was typed: UTF-8 that is not percent-encoded is welcome, other bytes are not.
+_REQUEST_LINE = re.compile(rf"({_TOKEN.pattern}) ([^\x00-\x20\x7f\ud800-\udfff]+) HTTP/([0-9])\.([0-9])")
+_HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[\w.~!$&'()*+;=%-]*)(?::[0-9]*)?", re.ASCII)  # RFC 3986, 3.2.2
 _CHUNK = re.compile(r"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?")
 _RECEIVE_BYTES = 16 << 10  # one recv; nearly every message is smaller
 
 
 def parse_headers(lines: Iterable[str]) -> dict[str, str]:
-    """Values by name in lower case; headers of one name are joined with ", ". Raises BadRequest. Strict (RFC 9112, 5),
-    since what two parties read differently can be used to smuggle a request past one."""
+    """Values by name in lower case. Strict (RFC 9112, 5): what two parties read differently can be used to smuggle a
+    request past one. Raises BadRequest."""
     headers: dict[str, str] = {}
     for line in lines:
         name, colon, value = line.partition(":")
@@ -464,10 +429,9 @@ def body_length(headers: Mapping[str, str], limit: int) -> int | None:
 
 
 class Wire:
-    """A socket, and the bytes received from it but not used yet. It belongs to one thread at a time.
-
-    Deadlines are on the clock of time.monotonic; math.inf is none. Reading raises EOFError at the end of the stream,
-    TimeoutError, BadRequest, or ConnectionError."""
+    """A socket, and the bytes received from it but not used yet. It belongs to one thread at a time. Deadlines are on
+    the clock of time.monotonic; math.inf is none. Reading raises EOFError at the end of the stream, TimeoutError,
+    BadRequest, or ConnectionError."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
@@ -475,7 +439,6 @@ class Wire:
         self._timeouts = {socket.SO_RCVTIMEO: math.inf, socket.SO_SNDTIMEO: math.inf}  # seconds, as they are set
 
     def head(self, deadline: float) -> bytes:
-        """A message's first line and headers, without the blank line after them."""
         return self._until(b"\r\n\r\n", MAX_HEAD_BYTES, "the head", 431, deadline)
 
     def body(self, length: int | None, limit: int, deadline: float) -> bytes:
@@ -513,24 +476,17 @@ class Wire:
             self.receive(deadline)
         if not 0 <= end <= limit:
             raise BadRequest(f"{what} is longer than {limit} bytes", status)
-        line = bytes(self.buffer[:end])
-        del self.buffer[: end + len(mark)]
-        return line
+        return self._exactly(end, deadline, len(mark))
 
-    def _exactly(self, count: int, deadline: float) -> bytes:
+    def _exactly(self, count: int, deadline: float, skipped: int = 0) -> bytes:
         while len(self.buffer) < count:
             self.receive(deadline)
         taken = bytes(self.buffer[:count])
-        del self.buffer[:count]
+        del self.buffer[: count + skipped]
         return taken
 
     def receive(self, deadline: float) -> None:
-        """Waits for more bytes and appends them to the buffer."""
-        self._limit(socket.SO_RCVTIMEO, deadline)
-        try:
-            data = self.sock.recv(_RECEIVE_BYTES)
-        except BlockingIOError as fault:  # how SO_RCVTIMEO says it
-            raise TimeoutError("timed out") from fault
+        data = self._call(self.sock.recv, _RECEIVE_BYTES, socket.SO_RCVTIMEO, deadline)
         if not data:
             raise EOFError("the connection was closed")
         self.buffer += data
@@ -538,16 +494,11 @@ class Wire:
     def send(self, data: bytes, deadline: float) -> None:
         """Sends all of it. Raises OSError; at the deadline, TimeoutError."""
         while data:
-            self._limit(socket.SO_SNDTIMEO, deadline)
-            try:
-                data = data[self.sock.send(data) :]
-            except BlockingIOError as fault:
-                raise TimeoutError("timed out") from fault
+            data = data[self._call(self.sock.send, data, socket.SO_SNDTIMEO, deadline) :]
 
-    def _limit(self, option: int, deadline: float) -> None:
-        """Sets how long the next recv or send may take: by socket option, since settimeout() adds a poll() to each,
-        except with TLS, which heeds nothing else. A timeout that is right to within 2 % is kept, which spares nearly
-        every call a system call."""
+    def _call(self, call: Callable[[Any], Any], argument: object, option: int, deadline: float) -> Any:
+        """One recv or send. This option ends it at the deadline, since settimeout() adds a poll() to each; TLS heeds
+        nothing else. A timeout that is right to within 2 % is kept, which spares nearly every call a system call."""
         left = deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError("timed out")
@@ -557,37 +508,33 @@ class Wire:
             micros = 0 if left == math.inf else max(1, int(left * 1e6))
             self.sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", *divmod(micros, 10**6)))
             self._timeouts[option] = left
+        try:
+            return call(argument)
+        except BlockingIOError as fault:  # how the option says it
+            raise TimeoutError("timed out") from fault
 
 
 # == Connections: bytes become a Request, a Response becomes bytes ===================================================
 
-# curl sends a path as it was typed: UTF-8 that is not percent-encoded is welcome, other bytes are not.
-_REQUEST_LINE = re.compile(rf"({_TOKEN.pattern}) ([^\x00-\x20\x7f\ud800-\udfff]+) HTTP/([0-9])\.([0-9])")
-_HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[\w.~!$&'()*+;=%-]*)(?::[0-9]*)?", re.ASCII)  # RFC 3986, 3.2.2
-
 
 class Request(NamedTuple):
-    """What a caller sent. Header names are in lower case; `client` is its address."""
-
     method: str
     path: str
     query: str
-    headers: Mapping[str, str]
+    headers: Mapping[str, str]  # names are in lower case
     keep_alive: bool
     version: str
     body: bytes = b""
-    client: str = ""
+    client: str = ""  # its address
     hung_up: Callable[[], bool] = lambda: False
 
 
 class Response(NamedTuple):
-    """`undo` is called if the answer cannot be written: the caller does not know of its lock, so nobody holds it."""
-
     status: int
     body: bytes = b""
     content_type: str = TEXT
     headers: tuple[tuple[str, str], ...] = ()
-    undo: Callable[[], object] | None = None
+    undo: Callable[[], object] | None = None  # if it cannot be written: who does not know of its lock does not hold it
 
 
 def error(fault: BadRequest) -> Response:
@@ -596,7 +543,6 @@ def error(fault: BadRequest) -> Response:
 
 @functools.lru_cache(maxsize=1024)  # a client sends the same head again, byte for byte: 4 µs become 0.1 µs
 def parse_head(data: bytes) -> Request:
-    """The request that begins with this head. Raises BadRequest."""
     line, *header_lines = data.decode("utf-8", "surrogateescape").split("\r\n")
     if len(header_lines) > MAX_HEADERS:
         raise BadRequest(f"more than {MAX_HEADERS} headers", 431)
@@ -618,40 +564,38 @@ def parse_head(data: bytes) -> Request:
     return Request(method, path or "/", query, headers, keep_alive, f"HTTP/1.{minor}")
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=64)  # all answers with one status have this in common for a second
 def _first_lines(status: int, second: int) -> str:
-    """What all answers with this status have in common for a second."""
     date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(second))
     return f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\nDate: {date}\r\n"
 
 
 def render(response: Response, request: Request | None, keep_alive: bool) -> bytes:
     """The answer as bytes. `request` is None where it could not be read."""
-    status, body = response.status, response.body
-    head = _first_lines(status, int(time.time()))
-    if status != 204:  # RFC 9110, 8.6: no Content-Length with 204
-        head += f"Content-Type: {response.content_type}\r\nContent-Length: {len(body)}\r\n"
+    head = _first_lines(response.status, int(time.time()))
+    if response.status != 204:  # RFC 9110, 8.6: no Content-Length with 204
+        head += f"Content-Type: {response.content_type}\r\nContent-Length: {len(response.body)}\r\n"
     head += "".join([f"{name}: {value}\r\n" for name, value in response.headers])
     if not keep_alive or (request and request.version == "HTTP/1.0"):
         head += f"Connection: {'keep-alive' if keep_alive else 'close'}\r\n"
     data = (head + "\r\n").encode("latin-1")
-    return data if request and request.method == "HEAD" else data + body
+    return data if request and request.method == "HEAD" else data + response.body
 
 
 class Connection:
     """One caller's connection, served request by request in its own thread."""
 
     def __init__(self, server: Server, sock: socket.socket, address: tuple[Any, ...]) -> None:
-        self.server = server
-        self.wire = Wire(sock)
+        self.server, self.wire = server, Wire(sock)
         self.client = str(Address(address[0].removeprefix("::ffff:"), address[1]))
         self.doing = ""  # what is read or answered; empty while it is silent
-        server.connections.add(self)
 
     def serve(self) -> None:
+        self.server.connections.add(self)
         try:
             self.wire.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self._shake_hands()
+            if self.server.tls:  # in our own thread: a caller that never shakes hands stops nobody else
+                self._begin_tls(self.server.tls.get())
             while self._serve_one():
                 pass
         except (EOFError, OSError) as fault:  # the caller has gone, or idled too long
@@ -660,27 +604,22 @@ class Connection:
         except Exception as fault:  # a defect of ours
             event(ERROR, "connection failed", **_defect(fault))
         finally:
-            self.close()
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError, ValueError), self.wire.sock as sock:
-            if isinstance(sock, ssl.SSLSocket):
-                sock.settimeout(0)
-                sock.unwrap()  # says goodbye, and does not wait for the answer
-        self.server.connections.discard(self)
+            with contextlib.suppress(OSError, ValueError), self.wire.sock as sock:
+                if isinstance(sock, ssl.SSLSocket):
+                    sock.settimeout(0)
+                    sock.unwrap()  # says goodbye, and does not wait for the answer
+            self.server.connections.discard(self)
 
     def shutdown(self, how: int) -> None:
         """Ends one half of the connection. After SHUT_RD, a request that has arrived already is still answered."""
         with contextlib.suppress(OSError):  # closed meanwhile
             socket.socket.shutdown(self.wire.sock, how)  # an SSLSocket's own shutdown() would end its TLS
 
-    def _shake_hands(self) -> None:
-        """TLS, in our own thread: a caller that never shakes hands stops nobody else."""
-        if self.server.tls:
-            sock = self.server.tls.get().wrap_socket(self.wire.sock, server_side=True, do_handshake_on_connect=False)
-            self.wire.sock = sock  # before it shakes hands, so that a stop can end that
-            sock.settimeout(self.server.config.server_read_timeout or None)
-            sock.do_handshake()
+    def _begin_tls(self, context: ssl.SSLContext) -> None:
+        sock = context.wrap_socket(self.wire.sock, server_side=True, do_handshake_on_connect=False)
+        self.wire.sock = sock  # before it shakes hands, so that a stop can end that
+        sock.settimeout(self.server.config.server_read_timeout or None)
+        sock.do_handshake()
 
     def _serve_one(self) -> bool:
         """Answers the next request; False when the connection is to be closed."""
@@ -716,9 +655,8 @@ class Connection:
 
     def _read_request(self, deadline: float) -> Request:
         data = self.wire.head(deadline)
-        request = (parse_head if len(data) < 1024 else parse_head.__wrapped__)(
-            data
-        )  # a long one is not worth the memory
+        parse = parse_head if len(data) < 1024 else parse_head.__wrapped__  # long heads are not worth the memory
+        request = parse(data)
         self.server.authorize(request)
         length = body_length(request.headers, MAX_BODY_BYTES)
         waits = request.headers.get("expect", "").lower() == "100-continue" and request.version != "HTTP/1.0"
@@ -755,15 +693,13 @@ class Server:
 
     def __init__(self, config: Config, api: Api) -> None:
         """Listens on the configured address. Raises OSError or ConfigError."""
-        self.config = config
-        self.api = api
+        self.config, self.api = config, api
         self.stopping = False
         self.silent_until = math.inf  # a connection without a request is closed then
-        self.connections: set[Connection] = set()  # each takes itself out; add, discard and list() are atomic
+        self.connections: set[Connection] = set()  # each adds and discards itself, which is atomic, as list() is
         names = ("server_client_ca_path", "server_cert_path", "server_key_path")
         self.tls = tls_context(config, ssl.Purpose.CLIENT_AUTH, *names) if config.server_cert_path else None
-        path = config.server_token_path
-        self._tokens = Renewed(lambda: read_tokens(config), path) if path else None
+        self._tokens = Renewed(self._read_tokens, config.server_token_path) if config.server_token_path else None
         self.socket = listen(config.server_host, config.server_port)
         self.socket.settimeout(0.1)  # seconds: how late a signal is noticed that another thread received
 
@@ -771,17 +707,19 @@ class Server:
         """Accepts a connection, and gives it a thread; False if there is none, or no means to serve it."""
         try:
             connection = Connection(self, *self.socket.accept())
-            try:
-                threading.Thread(target=connection.serve, daemon=True).start()
-            except RuntimeError as fault:
-                connection.close()
-                raise OSError(errno.ENOMEM, str(fault)) from fault
-        except OSError as fault:
-            if fault.errno in OWN_SHORTAGES:
+            threading.Thread(target=connection.serve, daemon=True).start()
+        except (OSError, RuntimeError) as fault:  # RuntimeError: no thread is to be had
+            if isinstance(fault, RuntimeError) or fault.errno in OWN_SHORTAGES:
                 event(ERROR, "accept failed", reason=reason(fault))
                 time.sleep(0.1)  # seconds; without it the loop would spin
             return False
         return True
+
+    def _read_tokens(self) -> list[bytes]:
+        with self.config.usable("server_token_path", "a file with a token a line") as path, open(path, "rb") as file:
+            if tokens := [line.strip() for line in file if line.strip()]:
+                return tokens
+            raise ValueError("it is empty")
 
     def authorize(self, request: Request) -> None:
         """Raises BadRequest unless the request shows one of the tokens, where tokens are needed."""
@@ -790,8 +728,7 @@ class Server:
             shown = given.strip().encode("utf-8", "surrogateescape")
             known = [secrets.compare_digest(shown, token) for token in self._tokens.get()]  # all, in constant time
             if scheme.lower() != "bearer" or True not in known:
-                wanted = "authorization: not Bearer with a token that is known here"
-                raise BadRequest(wanted, 401, ("WWW-Authenticate", "Bearer"))
+                raise BadRequest("authorization: not Bearer with a known token", 401, ("WWW-Authenticate", "Bearer"))
 
     def stop(self, timeout: float) -> None:
         """Accepts no more, answers what is in flight, closes silent connections SILENT_SECONDS later, and after
