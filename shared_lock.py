@@ -310,11 +310,11 @@ class Config:
         given = {}
         for one in fields(cls):
             name, needs = variable(one.name), one.metadata["needs"]
-            if (text := env.get(name)) is not None:
-                try:
-                    given[one.name] = one.metadata["parse"](text)
-                except ValueError as fault:
-                    raise ConfigError(f"{name}: {fault}") from fault
+            text = env.get(name, one.metadata["default"])
+            try:
+                given[one.name] = one.metadata["parse"](text)
+            except ValueError as fault:
+                raise ConfigError(f"{name}: {fault}") from fault
             if text and needs and not env.get(variable(needs)):
                 raise ConfigError(f"{variable(needs)}: empty, but {name} needs it")
         config = cls(**given)
@@ -372,12 +372,10 @@ def tls_context(config: Config, purpose: ssl.Purpose, *names: str) -> Renewed[ss
             context = ssl.create_default_context(purpose, cafile=ca or None)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.verify_flags &= ~ssl.VERIFY_X509_STRICT  # since CPython 3.13; Go and curl accept more, and so do we
-        if ca:
-            context.verify_mode = ssl.CERT_REQUIRED
+        context.verify_mode = ssl.CERT_REQUIRED if ca else context.verify_mode
         if names:
-            with config.usable(names[2], "a file that can be read") as key:
-                open(key, "rb").close()
-            expected = f"a certificate in PEM for the open key {variable(names[2])}={quote(key)}"
+            with config.usable(names[2], "a file that can be read") as key, open(key, "rb"):
+                expected = f"a certificate in PEM for the open key {variable(names[2])}={quote(key)}"
             with config.usable(names[1], expected) as cert:
                 context.load_cert_chain(cert, key, password="")  # or OpenSSL asks for one on the terminal
         return context
@@ -430,8 +428,8 @@ def body_length(headers: Mapping[str, str], limit: int) -> int | None:
 
 class Wire:
     """A socket, and the bytes received from it but not used yet. It belongs to one thread at a time. Deadlines are on
-    the clock of time.monotonic; math.inf is none. Reading raises EOFError at the end of the stream, TimeoutError,
-    BadRequest, or ConnectionError."""
+    the clock of time.monotonic; math.inf is none. Raises EOFError at the end of the stream, TimeoutError, BadRequest
+    for what is not HTTP, or another OSError."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
@@ -492,7 +490,6 @@ class Wire:
         self.buffer += data
 
     def send(self, data: bytes, deadline: float) -> None:
-        """Sends all of it. Raises OSError; at the deadline, TimeoutError."""
         while data:
             data = data[self._call(self.sock.send, data, socket.SO_SNDTIMEO, deadline) :]
 
@@ -570,8 +567,7 @@ def _first_lines(status: int, second: int) -> str:
     return f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\nDate: {date}\r\n"
 
 
-def render(response: Response, request: Request | None, keep_alive: bool) -> bytes:
-    """The answer as bytes. `request` is None where it could not be read."""
+def render(response: Response, request: Request | None, keep_alive: bool) -> bytes:  # None: not readable
     head = _first_lines(response.status, int(time.time()))
     if response.status != 204:  # RFC 9110, 8.6: no Content-Length with 204
         head += f"Content-Type: {response.content_type}\r\nContent-Length: {len(response.body)}\r\n"
@@ -583,8 +579,6 @@ def render(response: Response, request: Request | None, keep_alive: bool) -> byt
 
 
 class Connection:
-    """One caller's connection, served request by request in its own thread."""
-
     def __init__(self, server: Server, sock: socket.socket, address: tuple[Any, ...]) -> None:
         self.server, self.wire = server, Wire(sock)
         self.client = str(Address(address[0].removeprefix("::ffff:"), address[1]))
@@ -633,7 +627,7 @@ class Connection:
             return self._refuse(BadRequest(f"the request was not complete after {limit:g}s", 408))
         self.doing = f"{request.method} {request.path}"
         response = self.server.api.answer(request)
-        keep_alive = request.keep_alive and not (self.server.stopping and not self.wire.buffer)
+        keep_alive = request.keep_alive and (self.server.silent_until == math.inf or len(self.wire.buffer) > 0)
         try:
             self._send(render(response, request, keep_alive))
         except OSError:
@@ -643,12 +637,11 @@ class Connection:
         return keep_alive
 
     def _await_request(self) -> None:
-        """Waits for a request's first byte. Empty lines before it are skipped: RFC 9112, 2.2."""
+        """Waits for a request's first byte, after empty lines (RFC 9112, 2.2); in a stop, only for a moment."""
         self.doing = ""
         deadline = deadline_after(self.server.config.server_idle_timeout)
         while not (unread := self.wire.buffer.lstrip(b"\r\n")):
             self.wire.buffer.clear()
-            # While it stops, at least a moment for a request that is on its way.
             self.wire.receive(min(deadline, max(self.server.silent_until, time.monotonic() + 0.05)))
         self.wire.buffer = unread
         self.doing = "reading a request"
@@ -694,8 +687,7 @@ class Server:
     def __init__(self, config: Config, api: Api) -> None:
         """Listens on the configured address. Raises OSError or ConfigError."""
         self.config, self.api = config, api
-        self.stopping = False
-        self.silent_until = math.inf  # a connection without a request is closed then
+        self.silent_until = math.inf  # until it stops; then, when a connection without a request is closed
         self.connections: set[Connection] = set()  # each adds and discards itself, which is atomic, as list() is
         names = ("server_client_ca_path", "server_cert_path", "server_key_path")
         self.tls = tls_context(config, ssl.Purpose.CLIENT_AUTH, *names) if config.server_cert_path else None
@@ -704,7 +696,7 @@ class Server:
         self.socket.settimeout(0.1)  # seconds: how late a signal is noticed that another thread received
 
     def handle_request(self) -> bool:
-        """Accepts a connection, and gives it a thread; False if there is none, or no means to serve it."""
+        """Accepts a connection, and gives it a thread of its own; False if there is none, or no means to serve it."""
         try:
             connection = Connection(self, *self.socket.accept())
             threading.Thread(target=connection.serve, daemon=True).start()
@@ -733,7 +725,6 @@ class Server:
     def stop(self, timeout: float) -> None:
         """Accepts no more, answers what is in flight, closes silent connections SILENT_SECONDS later, and after
         `timeout` seconds (0: never) cuts what is left. Locks stay with their holders."""
-        self.stopping = True
         self.silent_until = time.monotonic() + SILENT_SECONDS
         deadline = deadline_after(timeout)
         self.socket.settimeout(0)
