@@ -393,7 +393,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 # curl sends a path as it was typed: UTF-8 that is not percent-encoded is welcome, other bytes are not.
 _REQUEST_LINE = re.compile(rf"({_TOKEN.pattern}) ([^\x00-\x20\x7f\ud800-\udfff]+) HTTP/([0-9])\.([0-9])")
 _HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[\w.~!$&'()*+;=%-]*)(?::[0-9]*)?", re.ASCII)  # RFC 3986, 3.2.2
-_CHUNK = re.compile(r"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?")
+_CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?")
 _RECEIVE_BYTES = 16 << 10  # one recv; nearly every message is smaller
 
 
@@ -426,6 +426,13 @@ def body_length(headers: Mapping[str, str], limit: int) -> int | None:
     return int(length)
 
 
+@functools.lru_cache(maxsize=256)
+def chunk_size(line: bytes) -> int:
+    if not (match := _CHUNK.fullmatch(line)):
+        raise BadRequest(f"not the size of a chunk: {quote(line.decode('latin-1'))}")
+    return int(match[1], 16)
+
+
 class Wire:
     """A socket, and the bytes received from it but not used yet. It belongs to one thread at a time. Deadlines are on
     the clock of time.monotonic; math.inf is none. Raises EOFError at the end of the stream, TimeoutError, BadRequest
@@ -444,7 +451,7 @@ class Wire:
         if length is not None:
             return self._exactly(length, deadline)
         parts: list[bytes] = []
-        while size := self._chunk_size(deadline):
+        while size := chunk_size(self._line(deadline)):
             if (limit := limit - size) < 0:
                 raise BadRequest("the body in chunks is too large", 413)
             parts.append(self._exactly(size, deadline))
@@ -453,16 +460,11 @@ class Wire:
         for _ in range(MAX_HEADERS + 1):
             if not (line := self._line(deadline)):
                 return b"".join(parts)
-            parse_headers([line])
+            parse_headers([line.decode("latin-1")])
         raise BadRequest(f"more than {MAX_HEADERS} trailers", 431)
 
-    def _chunk_size(self, deadline: float) -> int:
-        if not (match := _CHUNK.fullmatch(line := self._line(deadline))):
-            raise BadRequest(f"not the size of a chunk: {quote(line)}")
-        return int(match[1], 16)
-
-    def _line(self, deadline: float) -> str:
-        return self._until(b"\r\n", _RECEIVE_BYTES, "a line between chunks", 400, deadline).decode("latin-1")
+    def _line(self, deadline: float) -> bytes:
+        return self._until(b"\r\n", _RECEIVE_BYTES, "a line between chunks", 400, deadline)
 
     def _until(self, mark: bytes, limit: int, what: str, status: int, deadline: float) -> bytes:
         """What comes before the mark, which is skipped. What trickles in is not searched from its start each time."""
@@ -589,7 +591,11 @@ class Connection:
         try:
             self.wire.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if self.server.tls:  # in our own thread: a caller that never shakes hands stops nobody else
-                self._begin_tls(self.server.tls.get())
+                context = self.server.tls.get()
+                wrapped = context.wrap_socket(self.wire.sock, server_side=True, do_handshake_on_connect=False)
+                self.wire.sock = wrapped  # before it shakes hands, so that a stop can end that
+                wrapped.settimeout(self.server.config.server_read_timeout or None)
+                wrapped.do_handshake()
             while self._serve_one():
                 pass
         except (EOFError, OSError) as fault:  # the caller has gone, or idled too long
@@ -608,12 +614,6 @@ class Connection:
         """Ends one half of the connection. After SHUT_RD, a request that has arrived already is still answered."""
         with contextlib.suppress(OSError):  # closed meanwhile
             socket.socket.shutdown(self.wire.sock, how)  # an SSLSocket's own shutdown() would end its TLS
-
-    def _begin_tls(self, context: ssl.SSLContext) -> None:
-        sock = context.wrap_socket(self.wire.sock, server_side=True, do_handshake_on_connect=False)
-        self.wire.sock = sock  # before it shakes hands, so that a stop can end that
-        sock.settimeout(self.server.config.server_read_timeout or None)
-        sock.do_handshake()
 
     def _serve_one(self) -> bool:
         """Answers the next request; False when the connection is to be closed."""
