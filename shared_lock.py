@@ -898,9 +898,6 @@ def _defect(fault: BaseException | None) -> dict[str, object]:
 
 # == API: what a Request asks for, and its answer ====================================================================
 
-LEASE_HEADERS = ("x-lease-ttl", "x-lease-wait", "x-lease-id")
-_wait, _lease_id = duration(0, MAX_WAIT_SECONDS), between(1, INT64[-1], whole)
-
 
 class Api:
     """The endpoints."""
@@ -908,8 +905,11 @@ class Api:
     def __init__(self, service: LockService, metrics: Metrics, config: Config) -> None:
         self.service = service
         self._metrics = metrics
-        self._ttl = duration(1, config.max_ttl, math.ceil)
-        self._default_ttl = min(DEFAULT_TTL_SECONDS, config.max_ttl)
+        self._lease_headers: dict[str, tuple[Callable[[str], Any], float]] = {  # their parsers and defaults
+            "x-lease-ttl": (duration(1, config.max_ttl, math.ceil), min(DEFAULT_TTL_SECONDS, config.max_ttl)),
+            "x-lease-wait": (duration(0, MAX_WAIT_SECONDS), 0),
+            "x-lease-id": (between(1, INT64[-1], whole), 0),
+        }
         self._routes: dict[str, dict[str, Callable[[Request], Response]]] = {
             "/lease": {"POST": self.acquire, "DELETE": self.release, "GET": self.look},
             "/keepalive": {"POST": self.renew},
@@ -929,7 +929,7 @@ class Api:
         except BadRequest as fault:
             response = error(fault)
         except StorageError as fault:
-            response = error(BadRequest(f"storage failed: {fault}", 500))
+            response = error(BadRequest(f"storage failed: {fault}", 503 if request.path == "/ready" else 500))
         except EOFError:
             raise
         except Exception as fault:  # a defect of ours; the caller deserves an answer all the same
@@ -950,7 +950,6 @@ class Api:
         raise BadRequest(f"{request.path}: not {allow}: {quote(request.method)}", 405, ("Allow", allow))
 
     def acquire(self, request: Request) -> Response:
-        """POST /lease"""
         must_be_free = _precondition(request, "if-none-match", "if-match")
         wanted = self._lock_request(request)
         try:
@@ -959,62 +958,54 @@ class Api:
             known = "outcome unknown" if isinstance(fault, OutcomeUnknown) else "not acquired"
             raise BadRequest(f"{known}: {fault}", 500) from fault
         if isinstance(outcome, Holder):
-            if must_be_free:
-                raise BadRequest(f"key: held: {quote(wanted.key)}", 412)
             # Never the holder's lease: a refused script that cleans up after itself would free somebody else's lock.
-            return Response(202, b"0")
+            return error(BadRequest(f"key: held: {quote(wanted.key)}", 412)) if must_be_free else Response(202, b"0")
         headers = (("x-lease-ttl", f"{outcome.ttl}s"), ("x-fencing-token", str(outcome.token)))
         undo = functools.partial(self.service.take_back, wanted, outcome.lease)
         return Response(201, b"%d" % outcome.lease, TEXT, headers, undo)
 
     def _lock_request(self, request: Request) -> LockRequest:
+        headers, known = request.headers, self._lease_headers
         if request.query:
-            raise BadRequest(
-                f"query: not of use here, but the headers {', '.join(LEASE_HEADERS)}: {quote(request.query)}"
-            )
-        for name in request.headers:
-            if name.startswith("x-lease-") and name not in LEASE_HEADERS:
-                raise BadRequest(f"{quote(name)}: not one of the headers {', '.join(LEASE_HEADERS)}")
-        ttl = _parsed(request, "x-lease-ttl", self._ttl, self._default_ttl)
-        wait, lease = _parsed(request, "x-lease-wait", _wait, 0), _parsed(request, "x-lease-id", _lease_id, 0)
+            raise BadRequest(f"query: not of use here, but the headers {', '.join(known)}: {quote(request.query)}")
+        for name in headers:
+            if name.startswith("x-lease-") and name not in known:
+                raise BadRequest(f"{quote(name)}: not one of the headers {', '.join(known)}")
+        given: list[Any] = []
+        for name, (parse, default) in known.items():
+            try:
+                given.append(parse(headers[name]) if name in headers else default)
+            except ValueError as fault:
+                raise BadRequest(f"{name}: {fault}") from fault
+        ttl, wait, lease = given
         return LockRequest(*parse_lock(request.body), ttl, wait, lease, request.client, request.hung_up)
 
     def renew(self, request: Request) -> Response:
-        """POST /keepalive"""
         must_exist = _precondition(request, "if-match", "if-none-match")
         ttl = self.service.renew(lease := parse_lease(request.body))
-        return Response(200, b"", TEXT, (("x-lease-ttl", f"{ttl}s"),)) if ttl else _gone(lease, must_exist)
+        return Response(200, headers=(("x-lease-ttl", f"{ttl}s"),)) if ttl else _gone(lease, must_exist)
 
     def release(self, request: Request) -> Response:
-        """DELETE /lease"""
         must_exist = _precondition(request, "if-match", "if-none-match")
         released = self.service.release(lease := parse_lease(request.body), request.client)
         return Response(200) if released else _gone(lease, must_exist)
 
     def look(self, request: Request) -> Response:
-        """GET /lease?key=K and GET /lease?prefix=P"""
         query = _query(request)
         if "prefix" in query and "key" not in query:
-            return self._list(_checked_text("prefix", query["prefix"]))
+            locks, more = self.service.list_locks(query["prefix"])
+            lines = [_json_line(key=key, value=one.value, fencing_token=one.token) for key, one in locks]
+            lines += [_json_line(more=True)] if more else []
+            return Response(200, b"".join(lines), "application/x-ndjson")
         if not query.get("key") or "prefix" in query:
             raise BadRequest("key: missing in the query, as in /lease?key=nightly, or a prefix alone, /lease?prefix=")
-        key = _checked_text("key", query["key"])
-        if (holder := self.service.look(key)) is None:
+        if (one := self.service.look(key := query["key"])) is None:
             raise BadRequest(f"key: free: {quote(key)}", 404)
-        ttls = {"ttl": holder.ttl, "granted_ttl": holder.granted_ttl}
-        line = _json_line(key=key, value=holder.value, **ttls, fencing_token=holder.token)
+        line = _json_line(key=key, value=one.value, ttl=one.ttl, granted_ttl=one.granted_ttl, fencing_token=one.token)
         return Response(200, line, "application/json")
 
-    def _list(self, prefix: str) -> Response:
-        locks, more = self.service.list_locks(prefix)
-        lines = [_json_line(key=key, value=one.value, fencing_token=one.token) for key, one in locks]
-        return Response(200, b"".join([*lines, _json_line(more=True) if more else b""]), "application/x-ndjson")
-
     def ready(self, request: Request) -> Response:
-        try:
-            self.service.check()
-        except StorageError as fault:
-            raise BadRequest(f"storage failed: {fault}", 503) from fault
+        self.service.check()
         return Response(200, b"ok\n")
 
     def expose_metrics(self, request: Request) -> Response:
@@ -1032,9 +1023,7 @@ def _precondition(request: Request, name: str, other: str) -> bool:
 
 
 def _gone(lease: int, must_exist: bool) -> Response:
-    if must_exist:
-        raise BadRequest(f"lease: gone: {lease}", 412)
-    return Response(204)
+    return error(BadRequest(f"lease: gone: {lease}", 412)) if must_exist else Response(204)
 
 
 def _json_line(**members: object) -> bytes:
@@ -1048,14 +1037,6 @@ def _query(request: Request) -> dict[str, str]:
     except ValueError as fault:
         raise BadRequest(f"query: not UTF-8 in percent-encoding: {quote(request.query)}") from fault
     return dict(reversed(pairs))
-
-
-def _parsed(request: Request, name: str, parse: Callable[[str], Any], default: float) -> Any:
-    text = request.headers.get(name)
-    try:
-        return default if text is None else parse(text)
-    except ValueError as fault:
-        raise BadRequest(f"{name}: {fault}") from fault
 
 
 # Names of members are matched whatever their case, and the last of two that match counts, as in Go. An integer too
@@ -1083,20 +1064,16 @@ def parse_lock(body: bytes) -> tuple[str, str]:
         raise BadRequest(f"body: not a JSON object: {quote(json.dumps(lock))}")
     if "ttl" in lock:
         raise BadRequest(f"ttl: not read from the body, send the header x-lease-ttl: {quote(json.dumps(lock['ttl']))}")
-    key, value = (_member(lock, name) for name in ("key", "value"))
+    key, value = _member(lock, "key"), _member(lock, "value")
     if not key:
         raise BadRequest('key: empty: ""' if lock.get("key") == "" else "key: missing")
     return key, value
 
 
 def _member(lock: Mapping[str, Any], name: str) -> str:
-    text = lock.get(name)
-    if text is not None and not isinstance(text, str):  # null is absent, as in Go
+    text = "" if lock.get(name) is None else lock[name]  # null is absent, as in Go
+    if not isinstance(text, str):
         raise BadRequest(f"{name}: not a string: {quote(json.dumps(text))}")
-    return _checked_text(name, text or "")
-
-
-def _checked_text(name: str, text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as fault:
@@ -1110,8 +1087,7 @@ def parse_lease(body: bytes) -> int:
     Not JSON is a 400; JSON that is no int64 is a 500, which the Go service's clients know.
     """
     given = _parse_json(body)
-    if isinstance(given, dict):
-        given = given.get("id")
+    given = given.get("id") if isinstance(given, dict) else given
     if isinstance(given, str) and re.fullmatch(r"\s*-?[0-9]{1,19}\s*", given, re.ASCII):
         given = int(given)
     if type(given) is not int or given not in INT64:
