@@ -1116,27 +1116,23 @@ class LockService:
         """
         with contextlib.closing(self._waiting.turns(wanted)) as turns:
             for _ in turns:
-                outcome, took = self._try_to_acquire(wanted)
+                started = time.monotonic()
+                outcome = self._ask("get", self._storage.acquire, wanted, key=wanted.key, client=wanted.client)
+                took = time.monotonic() - started
                 if isinstance(outcome, Grant):
                     break
         self._metrics.observe_grant(took)
         if isinstance(outcome, Holder):
             self._metrics.count(LEASES, operation="get", status="accepted")
             event(DEBUG, "refused", key=wanted.key, client=wanted.client, holder=outcome.lease)
-        elif wanted.wait and wanted.hung_up():
+            return outcome
+        self._metrics.count(LEASES, operation="get", status="created")
+        shown = {"ttl": outcome.ttl, "token": outcome.token, "value": wanted.value, "client": wanted.client}
+        event(INFO, "granted", key=wanted.key, lease=outcome.lease, **shown)
+        if wanted.wait and wanted.hung_up():
             self.take_back(wanted, outcome.lease)
             raise EOFError("the caller hung up")
         return outcome
-
-    def _try_to_acquire(self, wanted: LockRequest) -> tuple[Grant | Holder, float]:
-        """The outcome, and the seconds that it took."""
-        started = time.monotonic()
-        outcome = self._ask("get", self._storage.acquire, wanted, key=wanted.key, client=wanted.client)
-        if isinstance(outcome, Grant):
-            self._metrics.count(LEASES, operation="get", status="created")
-            shown = {"ttl": outcome.ttl, "token": outcome.token, "value": wanted.value, "client": wanted.client}
-            event(INFO, "granted", key=wanted.key, lease=outcome.lease, **shown)
-        return outcome, time.monotonic() - started
 
     def renew(self, lease: int) -> int:
         """Starts the lease's ttl again and returns it; 0 where etcd knows that it is gone. Raises StorageError."""
@@ -1156,8 +1152,8 @@ class LockService:
         return keys is not None
 
     def take_back(self, wanted: LockRequest, lease: int) -> None:
-        """Releases a lock whose caller left before it was told. A caller that chose its lease may have been told by the
-        answer to a repetition: that lock stays."""
+        """Releases a lock whose caller left before it was told. One with a lease that the caller chose stays: the
+        answer to a repetition may have told it."""
         if not wanted.lease:
             event(INFO, "caller has gone, lock taken back", lease=lease, client=wanted.client)
             with contextlib.suppress(StorageError):  # logged by release; the lease ends with its ttl
@@ -1178,11 +1174,11 @@ HUNG_UP_SECONDS = 2  # how late we may notice that a waiting caller has gone
 
 
 class Waiting:
-    """Callers that wait for a lock, by key.
+    """Callers that wait for a lock, by key. Nobody holds a lease or writes while waiting.
 
     Only the first of a key asks the storage, so many waiters cost as much as one: every POLL_SECONDS, and at once when
-    the lock is released through this replica. Nobody holds a lease or writes while waiting. This is no fair queue:
-    whoever asks in the moment when a key is free gets it, here or through another replica.
+    the lock is released through this replica. This is no fair queue: whoever asks in the moment when a key is free gets
+    it, here or through another replica.
     """
 
     def __init__(self) -> None:
@@ -1201,34 +1197,28 @@ class Waiting:
             return
         # A second early: a proxy that cuts at 60 s would otherwise cut the answer to a wait of 60 s.
         deadline = time.monotonic() + min(wanted.wait, MAX_WAIT_SECONDS - 1)
-        with self._joined(wanted.key) as mine:
+        mine = threading.Event()
+        with self._mutex:
+            callers = self._callers.setdefault(wanted.key, [])
+            callers.append(mine)
+        try:
             while (left := deadline - time.monotonic()) > 0 and not self._dismissed:
-                first = self._callers[wanted.key][0] is mine
+                first = callers[0] is mine
                 woken = mine.wait(min(left, POLL_SECONDS if first else HUNG_UP_SECONDS))
                 if wanted.hung_up():
                     raise EOFError("the caller hung up")
                 if (woken or first) and not self._dismissed:
                     mine.clear()
                     yield
-
-    @contextlib.contextmanager
-    def _joined(self, key: str) -> Iterator[threading.Event]:
-        mine = threading.Event()
-        with self._mutex:
-            callers = self._callers.setdefault(key, [])
-            callers.append(mine)
-        try:
-            yield mine
         finally:
             with self._mutex:
                 callers.remove(mine)
-                if callers:
-                    callers[0].set()
-                else:
-                    del self._callers[key]
+                if not callers:
+                    del self._callers[wanted.key]
+            self.wake(wanted.key)
 
     def wake(self, key: str) -> None:
-        """The key was released: its first caller asks now."""
+        """The first that waits for this key asks now."""
         with self._mutex:
             for mine in self._callers.get(key, ())[:1]:
                 mine.set()
