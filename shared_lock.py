@@ -1233,15 +1233,14 @@ class Waiting:
 
 # == Cache: a storage in front of the storage ========================================================================
 
+Clock = Callable[[], float]  # seconds, as time.monotonic
+
 
 class _Entry:
     """What is known of one key: the newest holder, until when it holds at least, and the lease that ended last."""
 
-    __slots__ = ("__weakref__", "ended", "ends", "lease", "token")
-
-    def __init__(self, key: str) -> None:
-        self.lease = self.token = self.ended = 0
-        self.ends = -math.inf  # time.monotonic
+    lease = token = ended = 0
+    ends = -math.inf  # time.monotonic
 
 
 class Cache:
@@ -1254,17 +1253,13 @@ class Cache:
     """
 
     def __init__(
-        self,
-        storage: MemoryStorage | EtcdStorage,
-        size: int,
-        metrics: Metrics,
-        clock: Callable[[], float] = time.monotonic,
+        self, storage: MemoryStorage | EtcdStorage, size: int, metrics: Metrics, clock: Clock = time.monotonic
     ) -> None:
         self._storage = storage
         self._metrics = metrics
         self._clock = clock
         self._mutex = threading.Lock()  # owns the two below: by itself, lru_cache gives two threads two entries
-        self._entry = functools.lru_cache(maxsize=size)(_Entry)
+        self._entry = functools.lru_cache(maxsize=size)(lambda key: _Entry())
         self._by_lease: weakref.WeakValueDictionary[int, _Entry] = weakref.WeakValueDictionary()
         self.look, self.list_locks, self.check = storage.look, storage.list_locks, storage.check
         metrics.sources.append(self._evictions)
@@ -1277,22 +1272,20 @@ class Cache:
         asked = self._clock()
         outcome = self._storage.acquire(wanted)
         if isinstance(outcome, Grant):
-            self._remember(wanted.key, outcome.lease, outcome.token, asked + outcome.ttl)
+            self._remember(wanted.key, outcome, asked)
         elif from_memory:
             asked = self._clock()
             with contextlib.suppress(StorageError):  # the refusal stands without it, and the next one asks again
-                if (found := self._storage.look(wanted.key)) and found.ttl is not None:
-                    self._remember(wanted.key, found.lease, found.token, asked + found.ttl)
+                self._remember(wanted.key, self._storage.look(wanted.key), asked)
         return outcome
 
     def renew(self, lease: int) -> int:
         asked = self._clock()
-        ttl = self._storage.renew(lease)
+        if not (ttl := self._storage.renew(lease)):
+            self._forget(lease)
         with self._mutex:
             if entry := self._by_lease.get(lease):
                 entry.ends = max(entry.ends, asked + ttl)
-        if not ttl:
-            self._forget(lease)
         return ttl
 
     def release(self, lease: int) -> list[str] | None:
@@ -1311,15 +1304,17 @@ class Cache:
         self._metrics.count(CACHE, operation="get", status="hit" if held else "expired" if entry.ends > 0 else "miss")
         return holder if held else None
 
-    def _remember(self, key: str, lease: int, token: int, ends: float) -> None:
+    def _remember(self, key: str, found: Grant | Holder | None, asked: float) -> None:
+        if not found or found.ttl is None:
+            return
         with self._mutex:
             entry = self._entry(key)
-            if token < entry.token or lease == entry.ended:
+            if found.token < entry.token or found.lease == entry.ended:
                 return
             status = "update" if entry.token else "success"
             self._by_lease.pop(entry.lease, None)
-            entry.lease, entry.token, entry.ends = lease, token, ends
-            self._by_lease[lease] = entry
+            entry.lease, entry.token, entry.ends = found.lease, found.token, asked + found.ttl
+            self._by_lease[found.lease] = entry
         self._metrics.count(CACHE, operation="set", status=status)
 
     def _forget(self, lease: int, *keys: str) -> None:
@@ -1338,22 +1333,21 @@ class Cache:
 
 @dataclass
 class _Lock:
-    key: str
-    value: str
+    lease: int
     token: int
+    value: str
     ttl: int
-    ends: float
+    ends: float = 0
 
 
 class MemoryStorage:
     """A table of locks with a clock, lost with the process: what every storage promises, method by method, with nothing
     in the way. Keys are without our prefix. Where there is a network, each method may raise StorageError."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Clock = time.monotonic) -> None:
         self._clock = clock
         self._mutex = threading.Lock()  # owns all below
-        self._locks: dict[int, _Lock] = {}  # by lease
-        self._leases: dict[str, int] = {}  # by key
+        self._locks: dict[str, _Lock] = {}  # by key
         self._token = 0
 
     def acquire(self, wanted: LockRequest) -> Grant | Holder:
@@ -1362,64 +1356,61 @@ class MemoryStorage:
         Raises BadRequest (409) where that lease holds another key, and, where there is a network, OutcomeUnknown.
         """
         with self._mutex:
-            self._forget_ended()
-            held_by = self._leases.get(wanted.key)
-            if held_by and held_by != wanted.lease:
-                return self._holder(held_by)
-            lease = wanted.lease or new_lease_id()
-            if not held_by and lease in self._locks:
-                raise lease_in_use(lease)
-            if not held_by:
+            lock = self._alive().get(wanted.key)
+            if lock and lock.lease != wanted.lease:
+                return self._holder(lock)
+            if not lock:
+                if wanted.lease and self._key_of(wanted.lease):
+                    raise lease_in_use(wanted.lease)
                 self._token += 1
-                self._leases[wanted.key] = lease
-                self._locks[lease] = _Lock(wanted.key, wanted.value, self._token, wanted.ttl, 0)
-            return Grant(lease, self._start_ttl(lease), self._locks[lease].token)
+                lock = _Lock(wanted.lease or new_lease_id(), self._token, wanted.value, wanted.ttl)
+                self._locks[wanted.key] = lock
+            return Grant(lock.lease, self._start_ttl(lock), lock.token)
 
     def renew(self, lease: int) -> int:
         """Starts the lease's ttl again and returns it; 0 where the lease is known to be gone."""
         with self._mutex:
-            self._forget_ended()
-            return self._start_ttl(lease) if lease in self._locks else 0
+            key = self._key_of(lease)
+            return self._start_ttl(self._locks[key]) if key else 0
 
     def release(self, lease: int) -> list[str] | None:
         """Ends the lease and returns the keys that this frees; None where there is nothing of ours to end."""
         with self._mutex:
-            self._forget_ended()
-            if not (lock := self._locks.pop(lease, None)):
-                return None
-            del self._leases[lock.key]
-            return [lock.key]
+            key = self._key_of(lease)
+            return [key] if key and self._locks.pop(key) else None
 
     def look(self, key: str) -> Holder | None:
         """Who holds the key, with its value and ttls; None where it is free."""
         with self._mutex:
-            self._forget_ended()
-            return self._holder(self._leases[key]) if key in self._leases else None
+            lock = self._alive().get(key)
+            return self._holder(lock) if lock else None
 
     def list_locks(self, prefix: str) -> tuple[list[tuple[str, Holder]], bool]:
         """The first MAX_LOCKS_LISTED keys with this prefix, sorted, and their holders; whether there are more."""
         with self._mutex:
-            self._forget_ended()
-            keys = sorted(key for key in self._leases if key.startswith(prefix))
-            locks = [(key, self._holder(self._leases[key])) for key in keys[:MAX_LOCKS_LISTED]]
+            keys = sorted(key for key in self._alive() if key.startswith(prefix))
+            locks = [(key, self._holder(self._locks[key])) for key in keys[:MAX_LOCKS_LISTED]]
             return locks, len(keys) > MAX_LOCKS_LISTED
 
     def check(self) -> None:
         """Returns if the storage can serve."""
 
-    def _forget_ended(self) -> None:
+    def _alive(self) -> dict[str, _Lock]:
+        """The locks by key, once those that have ended are forgotten."""
         now = self._clock()
-        for lease in [lease for lease, lock in self._locks.items() if lock.ends <= now]:
-            del self._leases[self._locks.pop(lease).key]
+        for key in [key for key, lock in self._locks.items() if lock.ends <= now]:
+            del self._locks[key]
+        return self._locks
 
-    def _start_ttl(self, lease: int) -> int:
-        lock = self._locks[lease]
+    def _key_of(self, lease: int) -> str | None:
+        return next((key for key, lock in self._alive().items() if lock.lease == lease), None)
+
+    def _start_ttl(self, lock: _Lock) -> int:
         lock.ends = self._clock() + lock.ttl
         return lock.ttl
 
-    def _holder(self, lease: int) -> Holder:
-        lock = self._locks[lease]
-        return Holder(lease, lock.token, lock.value, int(lock.ends - self._clock()), lock.ttl)
+    def _holder(self, lock: _Lock) -> Holder:
+        return Holder(lock.lease, lock.token, lock.value, int(lock.ends - self._clock()), lock.ttl)
 
 
 def new_lease_id() -> int:
@@ -1483,13 +1474,12 @@ class EtcdStorage:
     def _grant(self, wanted: LockRequest, claim: LockRequest, deadline: float) -> tuple[int, bool]:
         """The granted ttl of the lease to claim with; whether this request made it, and is to end it if it fails."""
         try:
-            ttl = self._insist(self._gateway.grant, claim, deadline)
+            if ttl := self._insist(self._gateway.grant, claim, deadline):
+                return ttl, True
         except OutcomeUnknown as fault:  # at worst there is a lease without a key
             if not wanted.lease:
                 self._end_lease(wanted, claim.lease, wanted.ttl, deadline)
             raise StorageError(str(fault)) from fault
-        if ttl:
-            return ttl, True
         # It exists: by a try of ours whose answer is lost, or by an earlier request of this caller.
         found = self._read(self._gateway.time_to_live, claim.lease, deadline)
         if found and any(key != (KEY_PREFIX + wanted.key).encode() for key in found[2]):
@@ -1544,8 +1534,7 @@ class EtcdStorage:
             try:
                 return ask(item, deadline)
             except StorageError as fault:
-                if isinstance(fault, OutcomeUnknown):
-                    unknown = fault
+                unknown = fault if isinstance(fault, OutcomeUnknown) else unknown
                 if isinstance(fault, Refused) or time.monotonic() >= deadline:
                     raise unknown or fault from fault
 
@@ -1568,17 +1557,14 @@ class EtcdStorage:
 
     def _end_doomed(self) -> None:
         """Ends the leases that could not be ended at once, one by one, so that a slow etcd is not made slower."""
-        pause = 1.0
         while True:
             ends, lease = self._doomed.get()
             try:
                 if time.monotonic() < ends:
                     self._insist(self._gateway.revoke, lease, deadline_after(self._timeout))
-                pause = 1.0
             except StorageError:  # logged per member, not per try
                 self._doomed.put((ends, lease))
-                time.sleep(pause)
-                pause = min(2 * pause, 5.0)
+                time.sleep(1)  # second, after a refusal that came at once
 
 
 # == Combiner: one call for all that wait ============================================================================
@@ -1619,8 +1605,13 @@ class Combiner(Generic[Item, Answer]):
 
     def ask(self, item: Item, deadline: float) -> Answer:
         """The answer to this item, by `deadline` (time.monotonic). Raises StorageError."""
-        me = object()
-        batch = self._join(me, item)
+        me, share = object(), self._share(item)
+        with self._mutex:
+            if self._open.items and self._open.room < share:
+                self._open_next()
+            batch = self._open
+            batch.room -= share
+            batch.items[me] = item
         if not batch.baton.acquire(timeout=max(0.0, deadline - time.monotonic())):
             self._give_up(me, batch)
         try:
@@ -1631,19 +1622,9 @@ class Combiner(Generic[Item, Answer]):
         answer: Answer | StorageError = batch.answers[me]
         if isinstance(answer, Refused) and len(batch.items) > 1:  # another item may be to blame
             [answer] = self._call([item], deadline)
-        if isinstance(answer, StorageError):
-            # A copy, since an exception that several threads raise collects the tracebacks of all.
+        if isinstance(answer, StorageError):  # a copy: one that several threads raise collects the tracebacks of all
             raise copy.copy(answer) from answer
         return answer
-
-    def _join(self, me: object, item: Item) -> _Batch[Item]:
-        share = self._share(item)
-        with self._mutex:
-            if self._open.items and self._open.room < share:
-                self._open_next()
-            self._open.room -= share
-            self._open.items[me] = item
-            return self._open
 
     def _open_next(self) -> None:
         """The caller holds the mutex."""
