@@ -903,8 +903,7 @@ class Api:
     """The endpoints."""
 
     def __init__(self, service: LockService, metrics: Metrics, config: Config) -> None:
-        self.service = service
-        self._metrics = metrics
+        self.service, self._metrics = service, metrics
         self._lease_headers: dict[str, tuple[Callable[[str], Any], float]] = {  # their parsers and defaults
             "x-lease-ttl": (duration(1, config.max_ttl, math.ceil), min(DEFAULT_TTL_SECONDS, config.max_ttl)),
             "x-lease-wait": (duration(0, MAX_WAIT_SECONDS), 0),
@@ -1064,28 +1063,20 @@ def parse_lock(body: bytes) -> tuple[str, str]:
         raise BadRequest(f"body: not a JSON object: {quote(json.dumps(lock))}")
     if "ttl" in lock:
         raise BadRequest(f"ttl: not read from the body, send the header x-lease-ttl: {quote(json.dumps(lock['ttl']))}")
-    key, value = _member(lock, "key"), _member(lock, "value")
+    key, value = lock.get("key"), lock.get("value")
+    for name, text in (("key", key), ("value", value)):
+        if text is not None and not isinstance(text, str):  # null is absent, as in Go
+            raise BadRequest(f"{name}: not a string: {quote(json.dumps(text))}")
+        if text and not text.isascii() and re.search("[\ud800-\udfff]", text):
+            raise BadRequest(f"{name}: not Unicode text, a surrogate stands alone: {text[:100]!a}")
     if not key:
-        raise BadRequest('key: empty: ""' if lock.get("key") == "" else "key: missing")
-    return key, value
-
-
-def _member(lock: Mapping[str, Any], name: str) -> str:
-    text = "" if lock.get(name) is None else lock[name]  # null is absent, as in Go
-    if not isinstance(text, str):
-        raise BadRequest(f"{name}: not a string: {quote(json.dumps(text))}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as fault:
-        raise BadRequest(f"{name}: not Unicode text, a surrogate stands alone: {text[:100]!a}") from fault
-    return text
+        raise BadRequest("key: missing" if key is None else 'key: empty: ""')
+    return key, value or ""
 
 
 def parse_lease(body: bytes) -> int:
-    """The lease ID in a body: a number, a number in a JSON string, or an object with `id` as either.
-
-    Not JSON is a 400; JSON that is no int64 is a 500, which the Go service's clients know.
-    """
+    """The lease ID in a body: a number, a number in a JSON string, or an object with `id` as either. JSON that is no
+    int64 is a 500, which the Go service's clients know."""
     given = _parse_json(body)
     given = given.get("id") if isinstance(given, dict) else given
     if isinstance(given, str) and re.fullmatch(r"\s*-?[0-9]{1,19}\s*", given, re.ASCII):
@@ -1102,18 +1093,15 @@ class LockService:
     """Locks over a storage. All methods may be called from any thread."""
 
     def __init__(self, storage: Storage, metrics: Metrics) -> None:
-        self._storage = storage
-        self._metrics = metrics
+        self._storage, self._metrics = storage, metrics
         self._waiting = Waiting()
         metrics.sources.append(lambda: {"shared_lock_waiting": len(self._waiting)})
         self.look, self.list_locks, self.check = storage.look, storage.list_locks, storage.check
         self.dismiss_waiting = self._waiting.dismiss
 
     def acquire(self, wanted: LockRequest) -> Grant | Holder:
-        """Takes the lock, or tells who holds it when the caller is no longer willing to wait.
-
-        Raises StorageError (not acquired), OutcomeUnknown, BadRequest, or EOFError (the caller has gone).
-        """
+        """Takes the lock, or tells who holds it when the caller waits no longer. Raises StorageError (not acquired),
+        OutcomeUnknown, BadRequest, or EOFError (the caller has gone)."""
         with contextlib.closing(self._waiting.turns(wanted)) as turns:
             for _ in turns:
                 started = time.monotonic()
@@ -1152,8 +1140,7 @@ class LockService:
         return keys is not None
 
     def take_back(self, wanted: LockRequest, lease: int) -> None:
-        """Releases a lock whose caller left before it was told. One with a lease that the caller chose stays: the
-        answer to a repetition may have told it."""
+        """Releases a lock whose caller left untold. With a lease that it chose it stays: a repetition may be told."""
         if not wanted.lease:
             event(INFO, "caller has gone, lock taken back", lease=lease, client=wanted.client)
             with contextlib.suppress(StorageError):  # logged by release; the lease ends with its ttl
@@ -1174,12 +1161,9 @@ HUNG_UP_SECONDS = 2  # how late we may notice that a waiting caller has gone
 
 
 class Waiting:
-    """Callers that wait for a lock, by key. Nobody holds a lease or writes while waiting.
-
-    Only the first of a key asks the storage, so many waiters cost as much as one: every POLL_SECONDS, and at once when
-    the lock is released through this replica. This is no fair queue: whoever asks in the moment when a key is free gets
-    it, here or through another replica.
-    """
+    """Callers that wait for a lock, by key. Nobody holds a lease or writes while waiting. Only the first of a key asks
+    the storage, so many cost as much as one: every POLL_SECONDS, and at once after a release through this replica.
+    This is no fair queue: whoever asks in the moment when a key is free gets it, here or through another replica."""
 
     def __init__(self) -> None:
         self._mutex = threading.Lock()  # owns the callers
@@ -1244,8 +1228,7 @@ class _Entry:
 
 
 class Cache:
-    """Refuses from memory while a key is known to be held. It can delay a grant and never cause one: only the storage
-    behind it grants.
+    """Refuses from memory while a key is known to be held: it can delay a grant and never cause one.
 
     An entry ends before its lease can, since it counts from the moment the storage was *asked*. Answers may overtake
     each other: the larger fencing token is the newer holder, and a lease that was seen to end is never believed again.
@@ -1255,9 +1238,7 @@ class Cache:
     def __init__(
         self, storage: MemoryStorage | EtcdStorage, size: int, metrics: Metrics, clock: Clock = time.monotonic
     ) -> None:
-        self._storage = storage
-        self._metrics = metrics
-        self._clock = clock
+        self._storage, self._metrics, self._clock = storage, metrics, clock
         self._mutex = threading.Lock()  # owns the two below: by itself, lru_cache gives two threads two entries
         self._entry = functools.lru_cache(maxsize=size)(lambda key: _Entry())
         self._by_lease: weakref.WeakValueDictionary[int, _Entry] = weakref.WeakValueDictionary()
@@ -1352,16 +1333,14 @@ class MemoryStorage:
 
     def acquire(self, wanted: LockRequest) -> Grant | Holder:
         """Takes the lock, or tells who has it. If the lease in the request holds it already, its ttl starts again.
-
-        Raises BadRequest (409) where that lease holds another key, and, where there is a network, OutcomeUnknown.
-        """
+        Raises BadRequest (409) where that lease holds another key, and, where there is a network, OutcomeUnknown."""
         with self._mutex:
             lock = self._alive().get(wanted.key)
             if lock and lock.lease != wanted.lease:
                 return self._holder(lock)
             if not lock:
                 if wanted.lease and self._key_of(wanted.lease):
-                    raise lease_in_use(wanted.lease)
+                    raise BadRequest(f"x-lease-id: in use for something else: {wanted.lease}", 409)
                 self._token += 1
                 lock = _Lock(wanted.lease or new_lease_id(), self._token, wanted.value, wanted.ttl)
                 self._locks[wanted.key] = lock
@@ -1418,10 +1397,6 @@ def new_lease_id() -> int:
     return secrets.randbits(63) or 1
 
 
-def lease_in_use(lease: int) -> BadRequest:
-    return BadRequest(f"x-lease-id: in use for something else: {lease}", 409)
-
-
 # == Storage in etcd: the same promises over a network that fails ====================================================
 
 MAX_DOOMED = 10_000  # leases to end in the background; what is over ends with its ttl
@@ -1441,14 +1416,11 @@ class EtcdStorage:
 
     def acquire(self, wanted: LockRequest) -> Grant | Holder:
         """A read, so that a refusal writes nothing; then a lease of our own, and one transaction that puts the key
-        with it if nobody else has.
-
-        The claim is only sent once the lease is granted, though to send both at once takes 15 % less time: a member
-        that freezes with both may, when it wakes up, take the key once more after its release.
-        """
+        with it if nobody else has. The claim is only sent once the lease is granted, though to send both at once takes
+        15 % less time: a member that freezes with both may, when it wakes up, take the key again after its release."""
         deadline = deadline_after(self._timeout)
         self._gateway.check_clusters(deadline)
-        holder = self._read(self._holders.ask, wanted.key, deadline)
+        holder = self._insist(self._holders.ask, wanted.key, deadline, reads=True)
         if holder and holder.lease == wanted.lease != 0:  # an earlier try of this caller has taken it
             if ttl := self._insist(self._renewals.ask, wanted.lease, deadline):
                 return Grant(wanted.lease, ttl, holder.token)
@@ -1481,9 +1453,9 @@ class EtcdStorage:
                 self._end_lease(wanted, claim.lease, wanted.ttl, deadline)
             raise StorageError(str(fault)) from fault
         # It exists: by a try of ours whose answer is lost, or by an earlier request of this caller.
-        found = self._read(self._gateway.time_to_live, claim.lease, deadline)
+        found = self._insist(self._gateway.time_to_live, claim.lease, deadline, reads=True)
         if found and any(key != (KEY_PREFIX + wanted.key).encode() for key in found[2]):
-            raise lease_in_use(claim.lease)
+            raise BadRequest(f"x-lease-id: in use for something else: {claim.lease}", 409)
         if not found or not (ttl := self._insist(self._renewals.ask, claim.lease, deadline)):
             raise StorageError("the lease ended before it was used")
         return ttl, not wanted.lease
@@ -1494,7 +1466,7 @@ class EtcdStorage:
     def release(self, lease: int) -> list[str] | None:
         """A lease without keys, or with one outside of our prefix, is another tenant's of this etcd."""
         deadline = deadline_after(self._timeout)
-        _, _, keys = self._read(self._gateway.time_to_live, lease, deadline) or (0, 0, [])
+        _, _, keys = self._insist(self._gateway.time_to_live, lease, deadline, reads=True) or (0, 0, [])
         if not keys or not all(key.startswith(KEY_PREFIX.encode()) for key in keys):
             return None
         self._insist(self._gateway.revoke, lease, deadline)
@@ -1502,41 +1474,32 @@ class EtcdStorage:
 
     def look(self, key: str) -> Holder | None:
         deadline = deadline_after(self._timeout)
-        holder = self._read(self._gateway.look, key, deadline)
+        holder = self._insist(self._gateway.look, key, deadline, reads=True)
         if not holder or not holder.lease:
             return holder
-        found = self._read(self._gateway.time_to_live, holder.lease, deadline)
-        # None: it ended between the two questions.
-        return holder._replace(ttl=found[0], granted_ttl=found[1]) if found else None
+        found = self._insist(self._gateway.time_to_live, holder.lease, deadline, reads=True)
+        return holder._replace(ttl=found[0], granted_ttl=found[1]) if found else None  # it ended meanwhile
 
     def list_locks(self, prefix: str) -> tuple[list[tuple[str, Holder]], bool]:
-        return self._read(self._gateway.list_locks, prefix, deadline_after(self._timeout))
+        return self._insist(self._gateway.list_locks, prefix, deadline_after(self._timeout), reads=True)
 
     def check(self) -> None:
         deadline = deadline_after(self._timeout)
         self._gateway.check_clusters(deadline)
-        self._read(self._holders.ask, "", deadline)  # within our prefix, and nobody's key
+        self._insist(self._holders.ask, "", deadline, reads=True)  # within our prefix, and nobody's key
 
-    def _read(self, ask: Callable[[Item, float], Answer], item: Item, deadline: float) -> Answer:
-        """As _insist, for what changes nothing, so that its outcome is never unknown."""
-        try:
-            return self._insist(ask, item, deadline)
-        except OutcomeUnknown as fault:
-            raise StorageError(str(fault)) from fault
-
-    def _insist(self, ask: Callable[[Item, float], Answer], item: Item, deadline: float) -> Answer:
-        """Asks until there is an answer or the deadline; the session picks the member and keeps the pace.
-
-        After a try that may have been applied, only a success settles the outcome: a refusal does not.
-        """
+    def _insist(self, ask: Callable[[Item, float], Answer], item: Item, deadline: float, reads: bool = False) -> Answer:
+        """Asks until there is an answer or the deadline; the session picks the member and keeps the pace. After a try
+        that may have been applied, only a success settles the outcome: a refusal does not."""
         unknown: OutcomeUnknown | None = None
         while True:
             try:
                 return ask(item, deadline)
             except StorageError as fault:
-                unknown = fault if isinstance(fault, OutcomeUnknown) else unknown
+                if isinstance(fault, OutcomeUnknown) and not reads:
+                    unknown = fault
                 if isinstance(fault, Refused) or time.monotonic() >= deadline:
-                    raise unknown or fault from fault
+                    raise unknown or StorageError(str(fault)) from fault
 
     def _end_lease(self, wanted: LockRequest, lease: int, ttl: int, deadline: float) -> bool:
         """Cleans up after an acquire that failed: True if the lease is gone.
@@ -1581,10 +1544,10 @@ class _Batch(Generic[Item]):
     def __init__(self) -> None:
         self.items: dict[object, Item] = {}  # by caller
         self.room = 1.0  # of a call, what is not taken up
-        self.answers: dict[object, Any] = {}  # by caller
-        self.started = False
+        self.answers: dict[object, Any] = {}  # by caller; empty before the call starts
         self.next: _Batch[Item] | None = None  # gets its baton when this call is back
         self.baton = threading.Lock()
+        self.baton.acquire()
 
 
 class Combiner(Generic[Item, Answer]):
@@ -1598,24 +1561,24 @@ class Combiner(Generic[Item, Answer]):
     def __init__(
         self, call: Callable[[list[Item], float], Sequence[Answer | StorageError]], share: Callable[[Item], float]
     ) -> None:
-        self._call = call
-        self._share = share
+        self._call, self._share = call, share
         self._mutex = threading.Lock()  # owns which batch is open, who is in it, and who has started
-        self._open: _Batch[Item] = _Batch()  # later callers join it; only while no call is under way is its baton free
+        self._open: _Batch[Item] = _Batch()  # later callers join it
+        self._open.baton.release()  # free while no call is under way
 
     def ask(self, item: Item, deadline: float) -> Answer:
         """The answer to this item, by `deadline` (time.monotonic). Raises StorageError."""
         me, share = object(), self._share(item)
         with self._mutex:
             if self._open.items and self._open.room < share:
-                self._open_next()
+                self._open.next = self._open = _Batch()
             batch = self._open
             batch.room -= share
             batch.items[me] = item
         if not batch.baton.acquire(timeout=max(0.0, deadline - time.monotonic())):
             self._give_up(me, batch)
         try:
-            if not batch.started:
+            if not batch.answers:
                 self._lead(batch, deadline)
         finally:
             batch.baton.release()
@@ -1626,18 +1589,12 @@ class Combiner(Generic[Item, Answer]):
             raise copy.copy(answer) from answer
         return answer
 
-    def _open_next(self) -> None:
-        """The caller holds the mutex."""
-        batch: _Batch[Item] = _Batch()
-        batch.baton.acquire()
-        self._open.next = self._open = batch
-
     def _give_up(self, me: object, batch: _Batch[Item]) -> None:
         """Returns if the baton came in this very moment. Raises StorageError, after the call's start OutcomeUnknown."""
         with self._mutex:
             if batch.baton.acquire(blocking=False):
                 return
-            if batch.started:
+            if batch.answers:
                 raise OutcomeUnknown("timed out while etcd was asked")
             del batch.items[me]
         raise StorageError("timed out behind others that wait for etcd")
@@ -1645,10 +1602,9 @@ class Combiner(Generic[Item, Answer]):
     def _lead(self, batch: _Batch[Item], deadline: float) -> None:
         """Makes the call of this batch, and then lets the next one start."""
         with self._mutex:
-            batch.started = True
+            batch.answers = dict.fromkeys(batch.items, OutcomeUnknown("the call that it shared broke off"))
             if batch is self._open:
-                self._open_next()
-        batch.answers = dict.fromkeys(batch.items, OutcomeUnknown("the call that it shared broke off"))
+                self._open.next = self._open = _Batch()
         try:
             answers = self._call(list(batch.items.values()), deadline)
             batch.answers = dict(zip(batch.items, answers, strict=True))
