@@ -1427,30 +1427,27 @@ class EtcdStorage:
         elif holder:
             return holder
         claim = wanted._replace(lease=wanted.lease or new_lease_id())
-        ttl, made = self._grant(wanted, claim, deadline)
+        ttl = self._grant(wanted, claim, deadline)
         # A lease that may end under a slow etcd goes alone: etcd would refuse all that share the call.
         ask = self._claims.ask if ttl > self._timeout else self._gateway.claim_alone
         try:
             winner = self._insist(ask, claim, deadline)
         except StorageError as fault:
-            unsettled = isinstance(fault, OutcomeUnknown) and bool(wanted.lease)
-            if made and not unsettled and self._end_lease(wanted, claim.lease, ttl, deadline):
+            if self._end_lease(wanted, claim.lease, ttl, deadline):
                 raise StorageError(str(fault)) from fault  # not unknown: without its lease there is no lock
             raise
         if winner.lease == claim.lease:
             return Grant(claim.lease, ttl, winner.token)
-        if made:
-            self._end_lease(wanted, claim.lease, ttl, deadline)
+        self._end_lease(wanted, claim.lease, ttl, deadline)
         return winner
 
-    def _grant(self, wanted: LockRequest, claim: LockRequest, deadline: float) -> tuple[int, bool]:
-        """The granted ttl of the lease to claim with; whether this request made it, and is to end it if it fails."""
+    def _grant(self, wanted: LockRequest, claim: LockRequest, deadline: float) -> int:
+        """The granted ttl of the lease to claim with."""
         try:
             if ttl := self._insist(self._gateway.grant, claim, deadline):
-                return ttl, True
+                return ttl
         except OutcomeUnknown as fault:  # at worst there is a lease without a key
-            if not wanted.lease:
-                self._end_lease(wanted, claim.lease, wanted.ttl, deadline)
+            self._end_lease(wanted, claim.lease, wanted.ttl, deadline)
             raise StorageError(str(fault)) from fault
         # It exists: by a try of ours whose answer is lost, or by an earlier request of this caller.
         found = self._insist(self._gateway.time_to_live, claim.lease, deadline, reads=True)
@@ -1458,7 +1455,7 @@ class EtcdStorage:
             raise BadRequest(f"x-lease-id: in use for something else: {claim.lease}", 409)
         if not found or not (ttl := self._insist(self._renewals.ask, claim.lease, deadline)):
             raise StorageError("the lease ended before it was used")
-        return ttl, not wanted.lease
+        return ttl
 
     def renew(self, lease: int) -> int:
         return self._insist(self._renewals.ask, lease, deadline_after(self._timeout))
@@ -1502,19 +1499,15 @@ class EtcdStorage:
                     raise unknown or StorageError(str(fault)) from fault
 
     def _end_lease(self, wanted: LockRequest, lease: int, ttl: int, deadline: float) -> bool:
-        """Cleans up after an acquire that failed: True if the lease is gone.
-
-        A lease of our own is ended in the background if need be. One that the caller chose gets one try, now: later,
-        a repetition may have been told that it holds the lock.
-        """
+        """Cleans up after an acquire that failed, in the background if need be: True if the lease is gone. One that the
+        caller chose stays to its ttl: a repetition may have got the lock with it since."""
+        if wanted.lease:
+            return False
         try:
-            if wanted.lease:
-                self._gateway.revoke(lease, deadline)
-            else:
-                self._insist(self._gateway.revoke, lease, deadline)
+            self._insist(self._gateway.revoke, lease, deadline)
             return True
         except StorageError:
-            if not wanted.lease and self._doomed.qsize() < MAX_DOOMED:
+            if self._doomed.qsize() < MAX_DOOMED:
                 self._doomed.put((time.monotonic() + ttl, lease))
             return False
 
