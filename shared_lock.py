@@ -900,8 +900,6 @@ def _defect(fault: BaseException | None) -> dict[str, object]:
 
 
 class Api:
-    """The endpoints."""
-
     def __init__(self, service: LockService, metrics: Metrics, config: Config) -> None:
         self.service, self._metrics = service, metrics
         self._lease_headers: dict[str, tuple[Callable[[str], Any], float]] = {  # their parsers and defaults
@@ -1088,21 +1086,25 @@ def parse_lease(body: bytes) -> int:
 
 # == Service: what a lock means ======================================================================================
 
+POLL_SECONDS = 0.4  # how late a waiter may learn of a release through another replica
+HUNG_UP_SECONDS = 2  # how late we may notice that a waiting caller has gone
+
 
 class LockService:
     """Locks over a storage. All methods may be called from any thread."""
 
     def __init__(self, storage: Storage, metrics: Metrics) -> None:
         self._storage, self._metrics = storage, metrics
-        self._waiting = Waiting()
-        metrics.sources.append(lambda: {"shared_lock_waiting": len(self._waiting)})
+        self._mutex = threading.Lock()  # owns who waits
+        self._waiting: dict[str, list[threading.Event]] = {}  # by key; set: ask the storage now
+        self._dismissed = False
         self.look, self.list_locks, self.check = storage.look, storage.list_locks, storage.check
-        self.dismiss_waiting = self._waiting.dismiss
+        metrics.sources.append(self._count_waiting)
 
     def acquire(self, wanted: LockRequest) -> Grant | Holder:
         """Takes the lock, or tells who holds it when the caller waits no longer. Raises StorageError (not acquired),
         OutcomeUnknown, BadRequest, or EOFError (the caller has gone)."""
-        with contextlib.closing(self._waiting.turns(wanted)) as turns:
+        with contextlib.closing(self._turns(wanted)) as turns:
             for _ in turns:
                 started = time.monotonic()
                 outcome = self._ask("get", self._storage.acquire, wanted, key=wanted.key, client=wanted.client)
@@ -1110,11 +1112,10 @@ class LockService:
                 if isinstance(outcome, Grant):
                     break
         self._metrics.observe_grant(took)
+        self._metrics.count(LEASES, operation="get", status="created" if isinstance(outcome, Grant) else "accepted")
         if isinstance(outcome, Holder):
-            self._metrics.count(LEASES, operation="get", status="accepted")
             event(DEBUG, "refused", key=wanted.key, client=wanted.client, holder=outcome.lease)
             return outcome
-        self._metrics.count(LEASES, operation="get", status="created")
         shown = {"ttl": outcome.ttl, "token": outcome.token, "value": wanted.value, "client": wanted.client}
         event(INFO, "granted", key=wanted.key, lease=outcome.lease, **shown)
         if wanted.wait and wanted.hung_up():
@@ -1136,11 +1137,11 @@ class LockService:
         self._metrics.count(LEASES, operation="release", status="failure" if keys is None else "success")
         for key in keys or ():
             event(INFO, "released", key=key, lease=lease, client=client)
-            self._waiting.wake(key)
+            self._wake(key)
         return keys is not None
 
     def take_back(self, wanted: LockRequest, lease: int) -> None:
-        """Releases a lock whose caller left untold. With a lease that it chose it stays: a repetition may be told."""
+        """Releases a lock whose caller left untold, unless it chose the lease: a repetition may have been told."""
         if not wanted.lease:
             event(INFO, "caller has gone, lock taken back", lease=lease, client=wanted.client)
             with contextlib.suppress(StorageError):  # logged by release; the lease ends with its ttl
@@ -1155,27 +1156,11 @@ class LockService:
             event(WARNING, "storage failed", operation=operation, reason=fault, **shown)
             raise
 
-
-POLL_SECONDS = 0.4  # how late a waiter may learn of a release through another replica
-HUNG_UP_SECONDS = 2  # how late we may notice that a waiting caller has gone
-
-
-class Waiting:
-    """Callers that wait for a lock, by key. Nobody holds a lease or writes while waiting. Only the first of a key asks
-    the storage, so many cost as much as one: every POLL_SECONDS, and at once after a release through this replica.
-    This is no fair queue: whoever asks in the moment when a key is free gets it, here or through another replica."""
-
-    def __init__(self) -> None:
-        self._mutex = threading.Lock()  # owns the callers
-        self._callers: dict[str, list[threading.Event]] = {}  # set: ask the storage now
-        self._dismissed = False
-
-    def __len__(self) -> int:
-        with self._mutex:
-            return sum(map(len, self._callers.values()))
-
-    def turns(self, wanted: LockRequest) -> Generator[None, None, None]:
-        """Yields whenever this caller should ask the storage: at once, and until its wait is over. Raises EOFError."""
+    def _turns(self, wanted: LockRequest) -> Generator[None, None, None]:
+        """Yields whenever this caller should ask the storage: at once, and until its wait is over. Raises EOFError.
+        Of those that wait for a key only the first asks, so many cost as much as one: every POLL_SECONDS, and at once
+        after a release through this replica. Nobody holds a lease or writes while waiting. This is no fair queue:
+        whoever asks in the moment when a key is free gets it, here or through another replica."""
         yield
         if not wanted.wait:
             return
@@ -1183,11 +1168,11 @@ class Waiting:
         deadline = time.monotonic() + min(wanted.wait, MAX_WAIT_SECONDS - 1)
         mine = threading.Event()
         with self._mutex:
-            callers = self._callers.setdefault(wanted.key, [])
-            callers.append(mine)
+            waiting = self._waiting.setdefault(wanted.key, [])
+            waiting.append(mine)
         try:
             while (left := deadline - time.monotonic()) > 0 and not self._dismissed:
-                first = callers[0] is mine
+                first = waiting[0] is mine
                 woken = mine.wait(min(left, POLL_SECONDS if first else HUNG_UP_SECONDS))
                 if wanted.hung_up():
                     raise EOFError("the caller hung up")
@@ -1196,23 +1181,27 @@ class Waiting:
                     yield
         finally:
             with self._mutex:
-                callers.remove(mine)
-                if not callers:
-                    del self._callers[wanted.key]
-            self.wake(wanted.key)
+                waiting.remove(mine)
+                if not waiting:
+                    del self._waiting[wanted.key]
+            self._wake(wanted.key)
 
-    def wake(self, key: str) -> None:
+    def _wake(self, key: str) -> None:
         """The first that waits for this key asks now."""
         with self._mutex:
-            for mine in self._callers.get(key, ())[:1]:
+            for mine in self._waiting.get(key, ())[:1]:
                 mine.set()
 
-    def dismiss(self) -> None:
+    def dismiss_waiting(self) -> None:
         """All wait no longer."""
         with self._mutex:
             self._dismissed = True
-            for mine in itertools.chain.from_iterable(self._callers.values()):
+            for mine in itertools.chain.from_iterable(self._waiting.values()):
                 mine.set()
+
+    def _count_waiting(self) -> dict[str, float]:
+        with self._mutex:
+            return {"shared_lock_waiting": sum(map(len, self._waiting.values()))}
 
 
 # == Cache: a storage in front of the storage ========================================================================
@@ -1228,12 +1217,10 @@ class _Entry:
 
 
 class Cache:
-    """Refuses from memory while a key is known to be held: it can delay a grant and never cause one.
-
-    An entry ends before its lease can, since it counts from the moment the storage was *asked*. Answers may overtake
-    each other: the larger fencing token is the newer holder, and a lease that was seen to end is never believed again.
-    The LRU is functools'; the index by lease is weak, so that it keeps nothing alive that the LRU dropped.
-    """
+    """Refuses from memory while a key is known to be held: it can delay a grant and never cause one. An entry ends
+    before its lease can, since it counts from the moment the storage was *asked*. Answers may overtake each other: the
+    larger fencing token is the newer holder, and a lease that was seen to end is never believed again. The LRU is
+    functools'; the index by lease is weak, so that it keeps nothing alive that the LRU dropped."""
 
     def __init__(
         self, storage: MemoryStorage | EtcdStorage, size: int, metrics: Metrics, clock: Clock = time.monotonic
@@ -1292,11 +1279,10 @@ class Cache:
             entry = self._entry(key)
             if found.token < entry.token or found.lease == entry.ended:
                 return
-            status = "update" if entry.token else "success"
+            self._metrics.count(CACHE, operation="set", status="update" if entry.token else "success")
             self._by_lease.pop(entry.lease, None)
             entry.lease, entry.token, entry.ends = found.lease, found.token, asked + found.ttl
             self._by_lease[found.lease] = entry
-        self._metrics.count(CACHE, operation="set", status=status)
 
     def _forget(self, lease: int, *keys: str) -> None:
         with self._mutex:
@@ -1501,11 +1487,10 @@ class EtcdStorage:
     def _end_lease(self, wanted: LockRequest, lease: int, ttl: int, deadline: float) -> bool:
         """Cleans up after an acquire that failed, in the background if need be: True if the lease is gone. One that the
         caller chose stays to its ttl: a repetition may have got the lock with it since."""
-        if wanted.lease:
-            return False
         try:
-            self._insist(self._gateway.revoke, lease, deadline)
-            return True
+            if not wanted.lease:
+                self._insist(self._gateway.revoke, lease, deadline)
+            return not wanted.lease
         except StorageError:
             if self._doomed.qsize() < MAX_DOOMED:
                 self._doomed.put((time.monotonic() + ttl, lease))
@@ -1544,11 +1529,9 @@ class _Batch(Generic[Item]):
 
 
 class Combiner(Generic[Item, Answer]):
-    """Makes calls that carry the items of several callers.
-
-    `call(items, deadline)` returns one answer for each item, in order; an exception among them is raised to its caller.
-    An item only joins a call that has not started yet, so a read is never older than its request. `share(item)` is the
-    part of a call that an item takes up: a call carries at most 1.
+    """Makes calls that carry the items of several callers. `call(items, deadline)` returns one answer for each item, in
+    order; an exception among them is raised to its caller. `share(item)` is the part of a call that an item takes up: a
+    call carries at most 1. An item only joins a call that has not started, so a read is never older than its request.
     """
 
     def __init__(
@@ -1569,7 +1552,12 @@ class Combiner(Generic[Item, Answer]):
             batch.room -= share
             batch.items[me] = item
         if not batch.baton.acquire(timeout=max(0.0, deadline - time.monotonic())):
-            self._give_up(me, batch)
+            with self._mutex:
+                if not batch.baton.acquire(blocking=False):  # nor did it come in this very moment
+                    if batch.answers:
+                        raise OutcomeUnknown("timed out while etcd was asked")
+                    del batch.items[me]
+                    raise StorageError("timed out behind others that wait for etcd")
         try:
             if not batch.answers:
                 self._lead(batch, deadline)
@@ -1581,16 +1569,6 @@ class Combiner(Generic[Item, Answer]):
         if isinstance(answer, StorageError):  # a copy: one that several threads raise collects the tracebacks of all
             raise copy.copy(answer) from answer
         return answer
-
-    def _give_up(self, me: object, batch: _Batch[Item]) -> None:
-        """Returns if the baton came in this very moment. Raises StorageError, after the call's start OutcomeUnknown."""
-        with self._mutex:
-            if batch.baton.acquire(blocking=False):
-                return
-            if batch.answers:
-                raise OutcomeUnknown("timed out while etcd was asked")
-            del batch.items[me]
-        raise StorageError("timed out behind others that wait for etcd")
 
     def _lead(self, batch: _Batch[Item], deadline: float) -> None:
         """Makes the call of this batch, and then lets the next one start."""
