@@ -765,18 +765,15 @@ def _defect(fault: BaseException) -> dict[str, object]:
 
 # == API: what a Request asks for, and its answer ====================================================================
 
-LEASE_HEADERS = ("x-lease-ttl", "x-lease-wait", "x-lease-id")
-_wait, _lease_id = duration(0, MAX_WAIT_SECONDS), between(1, INT64[-1], whole)
-
 
 class Api:
-    """The endpoints."""
-
     def __init__(self, service: LockService, metrics: Metrics, config: Config) -> None:
-        self.service = service
-        self._metrics = metrics
-        self._ttl = duration(1, config.max_ttl, math.ceil)
-        self._default_ttl = min(DEFAULT_TTL_SECONDS, config.max_ttl)
+        self.service, self._metrics = service, metrics
+        self._lease_headers: dict[str, tuple[Callable[[str], Any], float]] = {  # their parsers and defaults
+            "x-lease-ttl": (duration(1, config.max_ttl, math.ceil), min(DEFAULT_TTL_SECONDS, config.max_ttl)),
+            "x-lease-wait": (duration(0, MAX_WAIT_SECONDS), 0),
+            "x-lease-id": (between(1, INT64[-1], whole), 0),
+        }
         self._routes: dict[str, dict[str, Callable[[Request], Response]]] = {
             "/lease": {"POST": self.acquire, "DELETE": self.release, "GET": self.look},
             "/keepalive": {"POST": self.renew},
@@ -796,7 +793,7 @@ class Api:
         except BadRequest as fault:
             response = error(fault)
         except StorageError as fault:
-            response = error(BadRequest(f"storage failed: {fault}", 500))
+            response = error(BadRequest(f"storage failed: {fault}", 503 if request.path == "/ready" else 500))
         except EOFError:
             raise
         except Exception as fault:  # a defect of ours; the caller deserves an answer all the same
@@ -817,7 +814,6 @@ class Api:
         raise BadRequest(f"{request.path}: not {allow}: {quote(request.method)}", 405, ("Allow", allow))
 
     def acquire(self, request: Request) -> Response:
-        """POST /lease"""
         must_be_free = _precondition(request, "if-none-match", "if-match")
         wanted = self._lock_request(request)
         try:
@@ -826,62 +822,54 @@ class Api:
             known = "outcome unknown" if isinstance(fault, OutcomeUnknown) else "not acquired"
             raise BadRequest(f"{known}: {fault}", 500) from fault
         if isinstance(outcome, Holder):
-            if must_be_free:
-                raise BadRequest(f"key: held: {quote(wanted.key)}", 412)
             # Never the holder's lease: a refused script that cleans up after itself would free somebody else's lock.
-            return Response(202, b"0")
+            return error(BadRequest(f"key: held: {quote(wanted.key)}", 412)) if must_be_free else Response(202, b"0")
         headers = (("x-lease-ttl", f"{outcome.ttl}s"), ("x-fencing-token", str(outcome.token)))
         undo = functools.partial(self.service.take_back, wanted, outcome.lease)
         return Response(201, b"%d" % outcome.lease, TEXT, headers, undo)
 
     def _lock_request(self, request: Request) -> LockRequest:
+        headers, known = request.headers, self._lease_headers
         if request.query:
-            raise BadRequest(
-                f"query: not of use here, but the headers {', '.join(LEASE_HEADERS)}: {quote(request.query)}"
-            )
-        for name in request.headers:
-            if name.startswith("x-lease-") and name not in LEASE_HEADERS:
-                raise BadRequest(f"{quote(name)}: not one of the headers {', '.join(LEASE_HEADERS)}")
-        ttl = _parsed(request, "x-lease-ttl", self._ttl, self._default_ttl)
-        wait, lease = _parsed(request, "x-lease-wait", _wait, 0), _parsed(request, "x-lease-id", _lease_id, 0)
+            raise BadRequest(f"query: not of use here, but the headers {', '.join(known)}: {quote(request.query)}")
+        for name in headers:
+            if name.startswith("x-lease-") and name not in known:
+                raise BadRequest(f"{quote(name)}: not one of the headers {', '.join(known)}")
+        given: list[Any] = []
+        for name, (parse, default) in known.items():
+            try:
+                given.append(parse(headers[name]) if name in headers else default)
+            except ValueError as fault:
+                raise BadRequest(f"{name}: {fault}") from fault
+        ttl, wait, lease = given
         return LockRequest(*parse_lock(request.body), ttl, wait, lease, request.client, request.hung_up)
 
     def renew(self, request: Request) -> Response:
-        """POST /keepalive"""
         must_exist = _precondition(request, "if-match", "if-none-match")
         ttl = self.service.renew(lease := parse_lease(request.body))
-        return Response(200, b"", TEXT, (("x-lease-ttl", f"{ttl}s"),)) if ttl else _gone(lease, must_exist)
+        return Response(200, headers=(("x-lease-ttl", f"{ttl}s"),)) if ttl else _gone(lease, must_exist)
 
     def release(self, request: Request) -> Response:
-        """DELETE /lease"""
         must_exist = _precondition(request, "if-match", "if-none-match")
         released = self.service.release(lease := parse_lease(request.body), request.client)
         return Response(200) if released else _gone(lease, must_exist)
 
     def look(self, request: Request) -> Response:
-        """GET /lease?key=K and GET /lease?prefix=P"""
         query = _query(request)
         if "prefix" in query and "key" not in query:
-            return self._list(_checked_text("prefix", query["prefix"]))
+            locks, more = self.service.list_locks(query["prefix"])
+            lines = [_json_line(key=key, value=one.value, fencing_token=one.token) for key, one in locks]
+            lines += [_json_line(more=True)] if more else []
+            return Response(200, b"".join(lines), "application/x-ndjson")
         if not query.get("key") or "prefix" in query:
             raise BadRequest("key: missing in the query, as in /lease?key=nightly, or a prefix alone, /lease?prefix=")
-        key = _checked_text("key", query["key"])
-        if (holder := self.service.look(key)) is None:
+        if (one := self.service.look(key := query["key"])) is None:
             raise BadRequest(f"key: free: {quote(key)}", 404)
-        ttls = {"ttl": holder.ttl, "granted_ttl": holder.granted_ttl}
-        line = _json_line(key=key, value=holder.value, **ttls, fencing_token=holder.token)
+        line = _json_line(key=key, value=one.value, ttl=one.ttl, granted_ttl=one.granted_ttl, fencing_token=one.token)
         return Response(200, line, "application/json")
 
-    def _list(self, prefix: str) -> Response:
-        locks, more = self.service.list_locks(prefix)
-        lines = [_json_line(key=key, value=one.value, fencing_token=one.token) for key, one in locks]
-        return Response(200, b"".join([*lines, _json_line(more=True) if more else b""]), "application/x-ndjson")
-
     def ready(self, request: Request) -> Response:
-        try:
-            self.service.check()
-        except StorageError as fault:
-            raise BadRequest(f"storage failed: {fault}", 503) from fault
+        self.service.check()
         return Response(200, b"ok\n")
 
     def expose_metrics(self, request: Request) -> Response:
@@ -899,9 +887,7 @@ def _precondition(request: Request, name: str, other: str) -> bool:
 
 
 def _gone(lease: int, must_exist: bool) -> Response:
-    if must_exist:
-        raise BadRequest(f"lease: gone: {lease}", 412)
-    return Response(204)
+    return error(BadRequest(f"lease: gone: {lease}", 412)) if must_exist else Response(204)
 
 
 def _json_line(**members: object) -> bytes:
@@ -915,14 +901,6 @@ def _query(request: Request) -> dict[str, str]:
     except ValueError as fault:
         raise BadRequest(f"query: not UTF-8 in percent-encoding: {quote(request.query)}") from fault
     return dict(reversed(pairs))
-
-
-def _parsed(request: Request, name: str, parse: Callable[[str], Any], default: float) -> Any:
-    text = request.headers.get(name)
-    try:
-        return default if text is None else parse(text)
-    except ValueError as fault:
-        raise BadRequest(f"{name}: {fault}") from fault
 
 
 # Names of members are matched whatever their case, and the last of two that match counts, as in Go. An integer too
@@ -950,35 +928,22 @@ def parse_lock(body: bytes) -> tuple[str, str]:
         raise BadRequest(f"body: not a JSON object: {quote(json.dumps(lock))}")
     if "ttl" in lock:
         raise BadRequest(f"ttl: not read from the body, send the header x-lease-ttl: {quote(json.dumps(lock['ttl']))}")
-    key, value = (_member(lock, name) for name in ("key", "value"))
+    key, value = lock.get("key"), lock.get("value")
+    for name, text in (("key", key), ("value", value)):
+        if text is not None and not isinstance(text, str):  # null is absent, as in Go
+            raise BadRequest(f"{name}: not a string: {quote(json.dumps(text))}")
+        if text and not text.isascii() and re.search("[\ud800-\udfff]", text):
+            raise BadRequest(f"{name}: not Unicode text, a surrogate stands alone: {text[:100]!a}")
     if not key:
-        raise BadRequest('key: empty: ""' if lock.get("key") == "" else "key: missing")
-    return key, value
-
-
-def _member(lock: Mapping[str, Any], name: str) -> str:
-    text = lock.get(name)
-    if text is not None and not isinstance(text, str):  # null is absent, as in Go
-        raise BadRequest(f"{name}: not a string: {quote(json.dumps(text))}")
-    return _checked_text(name, text or "")
-
-
-def _checked_text(name: str, text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as fault:
-        raise BadRequest(f"{name}: not Unicode text, a surrogate stands alone: {text[:100]!a}") from fault
-    return text
+        raise BadRequest("key: missing" if key is None else 'key: empty: ""')
+    return key, value or ""
 
 
 def parse_lease(body: bytes) -> int:
-    """The lease ID in a body: a number, a number in a JSON string, or an object with `id` as either.
-
-    Not JSON is a 400; JSON that is no int64 is a 500, which the Go service's clients know.
-    """
+    """The lease ID in a body: a number, a number in a JSON string, or an object with `id` as either. JSON that is no
+    int64 is a 500, which the Go service's clients know."""
     given = _parse_json(body)
-    if isinstance(given, dict):
-        given = given.get("id")
+    given = given.get("id") if isinstance(given, dict) else given
     if isinstance(given, str) and re.fullmatch(r"\s*-?[0-9]{1,19}\s*", given, re.ASCII):
         given = int(given)
     if type(given) is not int or given not in INT64:
@@ -988,46 +953,42 @@ def parse_lease(body: bytes) -> int:
 
 # == Service: what a lock means ======================================================================================
 
+POLL_SECONDS = 0.4  # how late a waiter may learn of a release through another replica
+HUNG_UP_SECONDS = 2  # how late we may notice that a waiting caller has gone
+
 
 class LockService:
     """Locks over a storage. All methods may be called from any thread."""
 
     def __init__(self, storage: Storage, metrics: Metrics) -> None:
-        self._storage = storage
-        self._metrics = metrics
-        self._waiting = Waiting()
-        metrics.sources.append(lambda: {"shared_lock_waiting": len(self._waiting)})
+        self._storage, self._metrics = storage, metrics
+        self._mutex = threading.Lock()  # owns who waits
+        self._waiting: dict[str, list[threading.Event]] = {}  # by key; set: ask the storage now
+        self._dismissed = False
         self.look, self.list_locks, self.check = storage.look, storage.list_locks, storage.check
-        self.dismiss_waiting = self._waiting.dismiss
+        metrics.sources.append(self._count_waiting)
 
     def acquire(self, wanted: LockRequest) -> Grant | Holder:
-        """Takes the lock, or tells who holds it when the caller is no longer willing to wait.
-
-        Raises StorageError (not acquired), OutcomeUnknown, BadRequest, or EOFError (the caller has gone).
-        """
-        with contextlib.closing(self._waiting.turns(wanted)) as turns:
+        """Takes the lock, or tells who holds it when the caller waits no longer. Raises StorageError (not acquired),
+        OutcomeUnknown, BadRequest, or EOFError (the caller has gone)."""
+        with contextlib.closing(self._turns(wanted)) as turns:
             for _ in turns:
-                outcome, took = self._try_to_acquire(wanted)
+                started = time.monotonic()
+                outcome = self._ask("get", self._storage.acquire, wanted, key=wanted.key, client=wanted.client)
+                took = time.monotonic() - started
                 if isinstance(outcome, Grant):
                     break
         self._metrics.observe_grant(took)
+        self._metrics.count(LEASES, operation="get", status="created" if isinstance(outcome, Grant) else "accepted")
         if isinstance(outcome, Holder):
-            self._metrics.count(LEASES, operation="get", status="accepted")
             event(DEBUG, "refused", key=wanted.key, client=wanted.client, holder=outcome.lease)
-        elif wanted.wait and wanted.hung_up():
+            return outcome
+        shown = {"ttl": outcome.ttl, "token": outcome.token, "value": wanted.value, "client": wanted.client}
+        event(INFO, "granted", key=wanted.key, lease=outcome.lease, **shown)
+        if wanted.wait and wanted.hung_up():
             self.take_back(wanted, outcome.lease)
             raise EOFError("the caller hung up")
         return outcome
-
-    def _try_to_acquire(self, wanted: LockRequest) -> tuple[Grant | Holder, float]:
-        """The outcome, and the seconds that it took."""
-        started = time.monotonic()
-        outcome = self._ask("get", self._storage.acquire, wanted, key=wanted.key, client=wanted.client)
-        if isinstance(outcome, Grant):
-            self._metrics.count(LEASES, operation="get", status="created")
-            shown = {"ttl": outcome.ttl, "token": outcome.token, "value": wanted.value, "client": wanted.client}
-            event(INFO, "granted", key=wanted.key, lease=outcome.lease, **shown)
-        return outcome, time.monotonic() - started
 
     def renew(self, lease: int) -> int:
         """Starts the lease's ttl again and returns it; 0 where etcd knows that it is gone. Raises StorageError."""
@@ -1043,12 +1004,11 @@ class LockService:
         self._metrics.count(LEASES, operation="release", status="failure" if keys is None else "success")
         for key in keys or ():
             event(INFO, "released", key=key, lease=lease, client=client)
-            self._waiting.wake(key)
+            self._wake(key)
         return keys is not None
 
     def take_back(self, wanted: LockRequest, lease: int) -> None:
-        """Releases a lock whose caller left before it was told. A caller that chose its lease may have been told by the
-        answer to a repetition: that lock stays."""
+        """Releases a lock whose caller left untold, unless it chose the lease: a repetition may have been told."""
         if not wanted.lease:
             event(INFO, "caller has gone, lock taken back", lease=lease, client=wanted.client)
             with contextlib.suppress(StorageError):  # logged by release; the lease ends with its ttl
@@ -1063,109 +1023,78 @@ class LockService:
             event(WARNING, "storage failed", operation=operation, reason=fault, **shown)
             raise
 
-
-POLL_SECONDS = 0.4  # how late a waiter may learn of a release through another replica
-HUNG_UP_SECONDS = 2  # how late we may notice that a waiting caller has gone
-
-
-class Waiting:
-    """Callers that wait for a lock, by key.
-
-    Only the first of a key asks the storage, so many waiters cost as much as one: every POLL_SECONDS, and at once when
-    the lock is released through this replica. Nobody holds a lease or writes while waiting. This is no fair queue:
-    whoever asks in the moment when a key is free gets it, here or through another replica.
-    """
-
-    def __init__(self) -> None:
-        self._mutex = threading.Lock()  # owns the callers
-        self._callers: dict[str, list[threading.Event]] = {}  # set: ask the storage now
-        self._dismissed = False
-
-    def __len__(self) -> int:
-        with self._mutex:
-            return sum(map(len, self._callers.values()))
-
-    def turns(self, wanted: LockRequest) -> Generator[None, None, None]:
-        """Yields whenever this caller should ask the storage: at once, and until its wait is over. Raises EOFError."""
+    def _turns(self, wanted: LockRequest) -> Generator[None, None, None]:
+        """Yields whenever this caller should ask the storage: at once, and until its wait is over. Raises EOFError.
+        Of those that wait for a key only the first asks, so many cost as much as one: every POLL_SECONDS, and at once
+        after a release through this replica. Nobody holds a lease or writes while waiting. This is no fair queue:
+        whoever asks in the moment when a key is free gets it, here or through another replica."""
         yield
         if not wanted.wait:
             return
         # A second early: a proxy that cuts at 60 s would otherwise cut the answer to a wait of 60 s.
         deadline = time.monotonic() + min(wanted.wait, MAX_WAIT_SECONDS - 1)
-        with self._joined(wanted.key) as mine:
+        mine = threading.Event()
+        with self._mutex:
+            waiting = self._waiting.setdefault(wanted.key, [])
+            waiting.append(mine)
+        try:
             while (left := deadline - time.monotonic()) > 0 and not self._dismissed:
-                first = self._callers[wanted.key][0] is mine
+                first = waiting[0] is mine
                 woken = mine.wait(min(left, POLL_SECONDS if first else HUNG_UP_SECONDS))
                 if wanted.hung_up():
                     raise EOFError("the caller hung up")
                 if (woken or first) and not self._dismissed:
                     mine.clear()
                     yield
-
-    @contextlib.contextmanager
-    def _joined(self, key: str) -> Iterator[threading.Event]:
-        mine = threading.Event()
-        with self._mutex:
-            callers = self._callers.setdefault(key, [])
-            callers.append(mine)
-        try:
-            yield mine
         finally:
             with self._mutex:
-                callers.remove(mine)
-                if callers:
-                    callers[0].set()
-                else:
-                    del self._callers[key]
+                waiting.remove(mine)
+                if not waiting:
+                    del self._waiting[wanted.key]
+            self._wake(wanted.key)
 
-    def wake(self, key: str) -> None:
-        """The key was released: its first caller asks now."""
+    def _wake(self, key: str) -> None:
+        """The first that waits for this key asks now."""
         with self._mutex:
-            for mine in self._callers.get(key, ())[:1]:
+            for mine in self._waiting.get(key, ())[:1]:
                 mine.set()
 
-    def dismiss(self) -> None:
+    def dismiss_waiting(self) -> None:
         """All wait no longer."""
         with self._mutex:
             self._dismissed = True
-            for mine in itertools.chain.from_iterable(self._callers.values()):
+            for mine in itertools.chain.from_iterable(self._waiting.values()):
                 mine.set()
+
+    def _count_waiting(self) -> dict[str, float]:
+        with self._mutex:
+            return {"shared_lock_waiting": sum(map(len, self._waiting.values()))}
 
 
 # == Cache: a storage in front of the storage ========================================================================
+
+Clock = Callable[[], float]  # seconds, as time.monotonic
 
 
 class _Entry:
     """What is known of one key: the newest holder, until when it holds at least, and the lease that ended last."""
 
-    __slots__ = ("__weakref__", "ended", "ends", "lease", "token")
-
-    def __init__(self, key: str) -> None:
-        self.lease = self.token = self.ended = 0
-        self.ends = -math.inf  # time.monotonic
+    lease = token = ended = 0
+    ends = -math.inf  # time.monotonic
 
 
 class Cache:
-    """Refuses from memory while a key is known to be held. It can delay a grant and never cause one: only the storage
-    behind it grants.
-
-    An entry ends before its lease can, since it counts from the moment the storage was *asked*. Answers may overtake
-    each other: the larger fencing token is the newer holder, and a lease that was seen to end is never believed again.
-    The LRU is functools'; the index by lease is weak, so that it keeps nothing alive that the LRU dropped.
-    """
+    """Refuses from memory while a key is known to be held: it can delay a grant and never cause one. An entry ends
+    before its lease can, since it counts from the moment the storage was *asked*. Answers may overtake each other: the
+    larger fencing token is the newer holder, and a lease that was seen to end is never believed again. The LRU is
+    functools'; the index by lease is weak, so that it keeps nothing alive that the LRU dropped."""
 
     def __init__(
-        self,
-        storage: MemoryStorage | EtcdStorage,
-        size: int,
-        metrics: Metrics,
-        clock: Callable[[], float] = time.monotonic,
+        self, storage: MemoryStorage | EtcdStorage, size: int, metrics: Metrics, clock: Clock = time.monotonic
     ) -> None:
-        self._storage = storage
-        self._metrics = metrics
-        self._clock = clock
+        self._storage, self._metrics, self._clock = storage, metrics, clock
         self._mutex = threading.Lock()  # owns the two below: by itself, lru_cache gives two threads two entries
-        self._entry = functools.lru_cache(maxsize=size)(_Entry)
+        self._entry = functools.lru_cache(maxsize=size)(lambda key: _Entry())
         self._by_lease: weakref.WeakValueDictionary[int, _Entry] = weakref.WeakValueDictionary()
         self.look, self.list_locks, self.check = storage.look, storage.list_locks, storage.check
         metrics.sources.append(self._evictions)
@@ -1178,22 +1107,20 @@ class Cache:
         asked = self._clock()
         outcome = self._storage.acquire(wanted)
         if isinstance(outcome, Grant):
-            self._remember(wanted.key, outcome.lease, outcome.token, asked + outcome.ttl)
+            self._remember(wanted.key, outcome, asked)
         elif from_memory:
             asked = self._clock()
             with contextlib.suppress(StorageError):  # the refusal stands without it, and the next one asks again
-                if (found := self._storage.look(wanted.key)) and found.ttl is not None:
-                    self._remember(wanted.key, found.lease, found.token, asked + found.ttl)
+                self._remember(wanted.key, self._storage.look(wanted.key), asked)
         return outcome
 
     def renew(self, lease: int) -> int:
         asked = self._clock()
-        ttl = self._storage.renew(lease)
+        if not (ttl := self._storage.renew(lease)):
+            self._forget(lease)
         with self._mutex:
             if entry := self._by_lease.get(lease):
                 entry.ends = max(entry.ends, asked + ttl)
-        if not ttl:
-            self._forget(lease)
         return ttl
 
     def release(self, lease: int) -> list[str] | None:
@@ -1212,16 +1139,17 @@ class Cache:
         self._metrics.count(CACHE, operation="get", status="hit" if held else "expired" if entry.ends > 0 else "miss")
         return holder if held else None
 
-    def _remember(self, key: str, lease: int, token: int, ends: float) -> None:
+    def _remember(self, key: str, found: Grant | Holder | None, asked: float) -> None:
+        if not found or found.ttl is None:
+            return
         with self._mutex:
             entry = self._entry(key)
-            if token < entry.token or lease == entry.ended:
+            if found.token < entry.token or found.lease == entry.ended:
                 return
-            status = "update" if entry.token else "success"
+            self._metrics.count(CACHE, operation="set", status="update" if entry.token else "success")
             self._by_lease.pop(entry.lease, None)
-            entry.lease, entry.token, entry.ends = lease, token, ends
-            self._by_lease[lease] = entry
-        self._metrics.count(CACHE, operation="set", status=status)
+            entry.lease, entry.token, entry.ends = found.lease, found.token, asked + found.ttl
+            self._by_lease[found.lease] = entry
 
     def _forget(self, lease: int, *keys: str) -> None:
         with self._mutex:
@@ -1239,97 +1167,87 @@ class Cache:
 
 @dataclass
 class _Lock:
-    key: str
-    value: str
+    lease: int
     token: int
+    value: str
     ttl: int
-    ends: float
+    ends: float = 0
 
 
 class MemoryStorage:
     """A table of locks with a clock, lost with the process: what every storage promises, method by method, with nothing
     in the way. Keys are without our prefix. Where there is a network, each method may raise StorageError."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Clock = time.monotonic) -> None:
         self._clock = clock
         self._mutex = threading.Lock()  # owns all below
-        self._locks: dict[int, _Lock] = {}  # by lease
-        self._leases: dict[str, int] = {}  # by key
+        self._locks: dict[str, _Lock] = {}  # by key
         self._token = 0
 
     def acquire(self, wanted: LockRequest) -> Grant | Holder:
         """Takes the lock, or tells who has it. If the lease in the request holds it already, its ttl starts again.
-
-        Raises BadRequest (409) where that lease holds another key, and, where there is a network, OutcomeUnknown.
-        """
+        Raises BadRequest (409) where that lease holds another key, and, where there is a network, OutcomeUnknown."""
         with self._mutex:
-            self._forget_ended()
-            held_by = self._leases.get(wanted.key)
-            if held_by and held_by != wanted.lease:
-                return self._holder(held_by)
-            lease = wanted.lease or new_lease_id()
-            if not held_by and lease in self._locks:
-                raise lease_in_use(lease)
-            if not held_by:
+            lock = self._alive().get(wanted.key)
+            if lock and lock.lease != wanted.lease:
+                return self._holder(lock)
+            if not lock:
+                if wanted.lease and self._key_of(wanted.lease):
+                    raise BadRequest(f"x-lease-id: in use for something else: {wanted.lease}", 409)
                 self._token += 1
-                self._leases[wanted.key] = lease
-                self._locks[lease] = _Lock(wanted.key, wanted.value, self._token, wanted.ttl, 0)
-            return Grant(lease, self._start_ttl(lease), self._locks[lease].token)
+                lock = _Lock(wanted.lease or new_lease_id(), self._token, wanted.value, wanted.ttl)
+                self._locks[wanted.key] = lock
+            return Grant(lock.lease, self._start_ttl(lock), lock.token)
 
     def renew(self, lease: int) -> int:
         """Starts the lease's ttl again and returns it; 0 where the lease is known to be gone."""
         with self._mutex:
-            self._forget_ended()
-            return self._start_ttl(lease) if lease in self._locks else 0
+            key = self._key_of(lease)
+            return self._start_ttl(self._locks[key]) if key else 0
 
     def release(self, lease: int) -> list[str] | None:
         """Ends the lease and returns the keys that this frees; None where there is nothing of ours to end."""
         with self._mutex:
-            self._forget_ended()
-            if not (lock := self._locks.pop(lease, None)):
-                return None
-            del self._leases[lock.key]
-            return [lock.key]
+            key = self._key_of(lease)
+            return [key] if key and self._locks.pop(key) else None
 
     def look(self, key: str) -> Holder | None:
         """Who holds the key, with its value and ttls; None where it is free."""
         with self._mutex:
-            self._forget_ended()
-            return self._holder(self._leases[key]) if key in self._leases else None
+            lock = self._alive().get(key)
+            return self._holder(lock) if lock else None
 
     def list_locks(self, prefix: str) -> tuple[list[tuple[str, Holder]], bool]:
         """The first MAX_LOCKS_LISTED keys with this prefix, sorted, and their holders; whether there are more."""
         with self._mutex:
-            self._forget_ended()
-            keys = sorted(key for key in self._leases if key.startswith(prefix))
-            locks = [(key, self._holder(self._leases[key])) for key in keys[:MAX_LOCKS_LISTED]]
+            keys = sorted(key for key in self._alive() if key.startswith(prefix))
+            locks = [(key, self._holder(self._locks[key])) for key in keys[:MAX_LOCKS_LISTED]]
             return locks, len(keys) > MAX_LOCKS_LISTED
 
     def check(self) -> None:
         """Returns if the storage can serve."""
 
-    def _forget_ended(self) -> None:
+    def _alive(self) -> dict[str, _Lock]:
+        """The locks by key, once those that have ended are forgotten."""
         now = self._clock()
-        for lease in [lease for lease, lock in self._locks.items() if lock.ends <= now]:
-            del self._leases[self._locks.pop(lease).key]
+        for key in [key for key, lock in self._locks.items() if lock.ends <= now]:
+            del self._locks[key]
+        return self._locks
 
-    def _start_ttl(self, lease: int) -> int:
-        lock = self._locks[lease]
+    def _key_of(self, lease: int) -> str | None:
+        return next((key for key, lock in self._alive().items() if lock.lease == lease), None)
+
+    def _start_ttl(self, lock: _Lock) -> int:
         lock.ends = self._clock() + lock.ttl
         return lock.ttl
 
-    def _holder(self, lease: int) -> Holder:
-        lock = self._locks[lease]
-        return Holder(lease, lock.token, lock.value, int(lock.ends - self._clock()), lock.ttl)
+    def _holder(self, lock: _Lock) -> Holder:
+        return Holder(lock.lease, lock.token, lock.value, int(lock.ends - self._clock()), lock.ttl)
 
 
 def new_lease_id() -> int:
     """A random positive int64. We choose it, not etcd, so that a grant can be repeated without harm."""
     return secrets.randbits(63) or 1
-
-
-def lease_in_use(lease: int) -> BadRequest:
-    return BadRequest(f"x-lease-id: in use for something else: {lease}", 409)
 
 
 # == Storage in etcd: the same promises over a network that fails ====================================================
@@ -1351,53 +1269,46 @@ class EtcdStorage:
 
     def acquire(self, wanted: LockRequest) -> Grant | Holder:
         """A read, so that a refusal writes nothing; then a lease of our own, and one transaction that puts the key
-        with it if nobody else has.
-
-        The claim is only sent once the lease is granted, though to send both at once takes 15 % less time: a member
-        that freezes with both may, when it wakes up, take the key once more after its release.
-        """
+        with it if nobody else has. The claim is only sent once the lease is granted, though to send both at once takes
+        15 % less time: a member that freezes with both may, when it wakes up, take the key again after its release."""
         deadline = deadline_after(self._timeout)
         self._gateway.check_clusters(deadline)
-        holder = self._read(self._holders.ask, wanted.key, deadline)
+        holder = self._insist(self._holders.ask, wanted.key, deadline, reads=True)
         if holder and holder.lease == wanted.lease != 0:  # an earlier try of this caller has taken it
             if ttl := self._insist(self._renewals.ask, wanted.lease, deadline):
                 return Grant(wanted.lease, ttl, holder.token)
         elif holder:
             return holder
         claim = wanted._replace(lease=wanted.lease or new_lease_id())
-        ttl, made = self._grant(wanted, claim, deadline)
+        ttl = self._grant(wanted, claim, deadline)
         # A lease that may end under a slow etcd goes alone: etcd would refuse all that share the call.
         ask = self._claims.ask if ttl > self._timeout else self._gateway.claim_alone
         try:
             winner = self._insist(ask, claim, deadline)
         except StorageError as fault:
-            unsettled = isinstance(fault, OutcomeUnknown) and bool(wanted.lease)
-            if made and not unsettled and self._end_lease(wanted, claim.lease, ttl, deadline):
+            if self._end_lease(wanted, claim.lease, ttl, deadline):
                 raise StorageError(str(fault)) from fault  # not unknown: without its lease there is no lock
             raise
         if winner.lease == claim.lease:
             return Grant(claim.lease, ttl, winner.token)
-        if made:
-            self._end_lease(wanted, claim.lease, ttl, deadline)
+        self._end_lease(wanted, claim.lease, ttl, deadline)
         return winner
 
-    def _grant(self, wanted: LockRequest, claim: LockRequest, deadline: float) -> tuple[int, bool]:
-        """The granted ttl of the lease to claim with; whether this request made it, and is to end it if it fails."""
+    def _grant(self, wanted: LockRequest, claim: LockRequest, deadline: float) -> int:
+        """The granted ttl of the lease to claim with."""
         try:
-            ttl = self._insist(self._gateway.grant, claim, deadline)
+            if ttl := self._insist(self._gateway.grant, claim, deadline):
+                return ttl
         except OutcomeUnknown as fault:  # at worst there is a lease without a key
-            if not wanted.lease:
-                self._end_lease(wanted, claim.lease, wanted.ttl, deadline)
+            self._end_lease(wanted, claim.lease, wanted.ttl, deadline)
             raise StorageError(str(fault)) from fault
-        if ttl:
-            return ttl, True
         # It exists: by a try of ours whose answer is lost, or by an earlier request of this caller.
-        found = self._read(self._gateway.time_to_live, claim.lease, deadline)
+        found = self._insist(self._gateway.time_to_live, claim.lease, deadline, reads=True)
         if found and any(key != (KEY_PREFIX + wanted.key).encode() for key in found[2]):
-            raise lease_in_use(claim.lease)
+            raise BadRequest(f"x-lease-id: in use for something else: {claim.lease}", 409)
         if not found or not (ttl := self._insist(self._renewals.ask, claim.lease, deadline)):
             raise StorageError("the lease ended before it was used")
-        return ttl, not wanted.lease
+        return ttl
 
     def renew(self, lease: int) -> int:
         return self._insist(self._renewals.ask, lease, deadline_after(self._timeout))
@@ -1405,7 +1316,7 @@ class EtcdStorage:
     def release(self, lease: int) -> list[str] | None:
         """A lease without keys, or with one outside of our prefix, is another tenant's of this etcd."""
         deadline = deadline_after(self._timeout)
-        _, _, keys = self._read(self._gateway.time_to_live, lease, deadline) or (0, 0, [])
+        _, _, keys = self._insist(self._gateway.time_to_live, lease, deadline, reads=True) or (0, 0, [])
         if not keys or not all(key.startswith(KEY_PREFIX.encode()) for key in keys):
             return None
         self._insist(self._gateway.revoke, lease, deadline)
@@ -1413,73 +1324,55 @@ class EtcdStorage:
 
     def look(self, key: str) -> Holder | None:
         deadline = deadline_after(self._timeout)
-        holder = self._read(self._gateway.look, key, deadline)
+        holder = self._insist(self._gateway.look, key, deadline, reads=True)
         if not holder or not holder.lease:
             return holder
-        found = self._read(self._gateway.time_to_live, holder.lease, deadline)
-        # None: it ended between the two questions.
-        return holder._replace(ttl=found[0], granted_ttl=found[1]) if found else None
+        found = self._insist(self._gateway.time_to_live, holder.lease, deadline, reads=True)
+        return holder._replace(ttl=found[0], granted_ttl=found[1]) if found else None  # it ended meanwhile
 
     def list_locks(self, prefix: str) -> tuple[list[tuple[str, Holder]], bool]:
-        return self._read(self._gateway.list_locks, prefix, deadline_after(self._timeout))
+        return self._insist(self._gateway.list_locks, prefix, deadline_after(self._timeout), reads=True)
 
     def check(self) -> None:
         deadline = deadline_after(self._timeout)
         self._gateway.check_clusters(deadline)
-        self._read(self._holders.ask, "", deadline)  # within our prefix, and nobody's key
+        self._insist(self._holders.ask, "", deadline, reads=True)  # within our prefix, and nobody's key
 
-    def _read(self, ask: Callable[[Item, float], Answer], item: Item, deadline: float) -> Answer:
-        """As _insist, for what changes nothing, so that its outcome is never unknown."""
-        try:
-            return self._insist(ask, item, deadline)
-        except OutcomeUnknown as fault:
-            raise StorageError(str(fault)) from fault
-
-    def _insist(self, ask: Callable[[Item, float], Answer], item: Item, deadline: float) -> Answer:
-        """Asks until there is an answer or the deadline; the session picks the member and keeps the pace.
-
-        After a try that may have been applied, only a success settles the outcome: a refusal does not.
-        """
+    def _insist(self, ask: Callable[[Item, float], Answer], item: Item, deadline: float, reads: bool = False) -> Answer:
+        """Asks until there is an answer or the deadline; the session picks the member and keeps the pace. After a try
+        that may have been applied, only a success settles the outcome: a refusal does not."""
         unknown: OutcomeUnknown | None = None
         while True:
             try:
                 return ask(item, deadline)
             except StorageError as fault:
-                if isinstance(fault, OutcomeUnknown):
+                if isinstance(fault, OutcomeUnknown) and not reads:
                     unknown = fault
                 if isinstance(fault, Refused) or time.monotonic() >= deadline:
-                    raise unknown or fault from fault
+                    raise unknown or StorageError(str(fault)) from fault
 
     def _end_lease(self, wanted: LockRequest, lease: int, ttl: int, deadline: float) -> bool:
-        """Cleans up after an acquire that failed: True if the lease is gone.
-
-        A lease of our own is ended in the background if need be. One that the caller chose gets one try, now: later,
-        a repetition may have been told that it holds the lock.
-        """
+        """Cleans up after an acquire that failed, in the background if need be: True if the lease is gone. One that the
+        caller chose stays to its ttl: a repetition may have got the lock with it since."""
         try:
-            if wanted.lease:
-                self._gateway.revoke(lease, deadline)
-            else:
+            if not wanted.lease:
                 self._insist(self._gateway.revoke, lease, deadline)
-            return True
+            return not wanted.lease
         except StorageError:
-            if not wanted.lease and self._doomed.qsize() < MAX_DOOMED:
+            if self._doomed.qsize() < MAX_DOOMED:
                 self._doomed.put((time.monotonic() + ttl, lease))
             return False
 
     def _end_doomed(self) -> None:
         """Ends the leases that could not be ended at once, one by one, so that a slow etcd is not made slower."""
-        pause = 1.0
         while True:
             ends, lease = self._doomed.get()
             try:
                 if time.monotonic() < ends:
                     self._insist(self._gateway.revoke, lease, deadline_after(self._timeout))
-                pause = 1.0
             except StorageError:  # logged per member, not per try
                 self._doomed.put((ends, lease))
-                time.sleep(pause)
-                pause = min(2 * pause, 5.0)
+                time.sleep(1)  # second, after a refusal that came at once
 
 
 # == Combiner: one call for all that wait ============================================================================
@@ -1496,79 +1389,60 @@ class _Batch(Generic[Item]):
     def __init__(self) -> None:
         self.items: dict[object, Item] = {}  # by caller
         self.room = 1.0  # of a call, what is not taken up
-        self.answers: dict[object, Any] = {}  # by caller
-        self.started = False
+        self.answers: dict[object, Any] = {}  # by caller; empty before the call starts
         self.next: _Batch[Item] | None = None  # gets its baton when this call is back
         self.baton = threading.Lock()
+        self.baton.acquire()
 
 
 class Combiner(Generic[Item, Answer]):
-    """Makes calls that carry the items of several callers.
-
-    `call(items, deadline)` returns one answer for each item, in order; an exception among them is raised to its caller.
-    An item only joins a call that has not started yet, so a read is never older than its request. `share(item)` is the
-    part of a call that an item takes up: a call carries at most 1.
+    """Makes calls that carry the items of several callers. `call(items, deadline)` returns one answer for each item, in
+    order; an exception among them is raised to its caller. `share(item)` is the part of a call that an item takes up: a
+    call carries at most 1. An item only joins a call that has not started, so a read is never older than its request.
     """
 
     def __init__(
         self, call: Callable[[list[Item], float], Sequence[Answer | StorageError]], share: Callable[[Item], float]
     ) -> None:
-        self._call = call
-        self._share = share
+        self._call, self._share = call, share
         self._mutex = threading.Lock()  # owns which batch is open, who is in it, and who has started
-        self._open: _Batch[Item] = _Batch()  # later callers join it; only while no call is under way is its baton free
+        self._open: _Batch[Item] = _Batch()  # later callers join it
+        self._open.baton.release()  # free while no call is under way
 
     def ask(self, item: Item, deadline: float) -> Answer:
         """The answer to this item, by `deadline` (time.monotonic). Raises StorageError."""
-        me = object()
-        batch = self._join(me, item)
+        me, share = object(), self._share(item)
+        with self._mutex:
+            if self._open.items and self._open.room < share:
+                self._open.next = self._open = _Batch()
+            batch = self._open
+            batch.room -= share
+            batch.items[me] = item
         if not batch.baton.acquire(timeout=max(0.0, deadline - time.monotonic())):
-            self._give_up(me, batch)
+            with self._mutex:
+                if not batch.baton.acquire(blocking=False):  # nor did it come in this very moment
+                    if batch.answers:
+                        raise OutcomeUnknown("timed out while etcd was asked")
+                    del batch.items[me]
+                    raise StorageError("timed out behind others that wait for etcd")
         try:
-            if not batch.started:
+            if not batch.answers:
                 self._lead(batch, deadline)
         finally:
             batch.baton.release()
         answer: Answer | StorageError = batch.answers[me]
         if isinstance(answer, Refused) and len(batch.items) > 1:  # another item may be to blame
             [answer] = self._call([item], deadline)
-        if isinstance(answer, StorageError):
-            # A copy, since an exception that several threads raise collects the tracebacks of all.
+        if isinstance(answer, StorageError):  # a copy: one that several threads raise collects the tracebacks of all
             raise copy.copy(answer) from answer
         return answer
-
-    def _join(self, me: object, item: Item) -> _Batch[Item]:
-        share = self._share(item)
-        with self._mutex:
-            if self._open.items and self._open.room < share:
-                self._open_next()
-            self._open.room -= share
-            self._open.items[me] = item
-            return self._open
-
-    def _open_next(self) -> None:
-        """The caller holds the mutex."""
-        batch: _Batch[Item] = _Batch()
-        batch.baton.acquire()
-        self._open.next = self._open = batch
-
-    def _give_up(self, me: object, batch: _Batch[Item]) -> None:
-        """Returns if the baton came in this very moment. Raises StorageError, after the call's start OutcomeUnknown."""
-        with self._mutex:
-            if batch.baton.acquire(blocking=False):
-                return
-            if batch.started:
-                raise OutcomeUnknown("timed out while etcd was asked")
-            del batch.items[me]
-        raise StorageError("timed out behind others that wait for etcd")
 
     def _lead(self, batch: _Batch[Item], deadline: float) -> None:
         """Makes the call of this batch, and then lets the next one start."""
         with self._mutex:
-            batch.started = True
+            batch.answers = dict.fromkeys(batch.items, OutcomeUnknown("the call that it shared broke off"))
             if batch is self._open:
-                self._open_next()
-        batch.answers = dict.fromkeys(batch.items, OutcomeUnknown("the call that it shared broke off"))
+                self._open.next = self._open = _Batch()
         try:
             answers = self._call(list(batch.items.values()), deadline)
             batch.answers = dict(zip(batch.items, answers, strict=True))
