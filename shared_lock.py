@@ -1723,6 +1723,10 @@ class Combiner(Generic[Item, Answer]):
 MAX_OPERATIONS = 64  # in one transaction; etcd allows 128, nested ones counted in
 MAX_BATCH_BYTES = 256 << 10  # of keys and values in one call; base64 adds a third, and etcd's limit is 1.5 MiB
 MAX_KEEPALIVES = 64  # lines of 26 bytes in one POST: see _BLANKS
+GRPC_NOT_FOUND, GRPC_UNAVAILABLE, GRPC_UNAUTHENTICATED = 5, 14, 16
+# Codes that mean that nothing was applied, whichever member says it: invalid argument, not found, already exists,
+# permission denied, resource exhausted, failed precondition, out of range, unimplemented, unauthenticated.
+GRPC_REFUSALS = {3, 5, 6, 7, 8, 9, 11, 12, 16}
 
 
 def part_of_call(size: int) -> float:
@@ -1739,32 +1743,28 @@ class Gateway:
 
         client = etcd3gw.Etcd3Client(session=cast(Any, members), api_path="/v3/")
         self.check_clusters = members.check_clusters
-        self._post = client.post
-        self._url = functools.cache(client.get_url)
+        self._post = functools.cache(lambda path: functools.partial(client.post, client.get_url(path)))
 
     def holders(self, keys: list[str], deadline: float) -> list[Holder | None]:
         """Who holds each key, without the values; a linearizable read."""
-        distinct = list(dict.fromkeys(keys))
-        reads = [{"key": _key64(key), "keys_only": True} for key in distinct]
-        if len(reads) == 1:  # 20 µs less than a transaction of one
-            answers = [self._post(self._url("/kv/range"), json=reads[0], deadline=deadline)]
-        else:
-            answers = self._transact("range", reads, deadline)["responses"]
-        by_key = {key: _first_holder(answer) for key, answer in zip(distinct, answers, strict=True)}
-        return [by_key[key] for key in keys]
+        distinct = dict.fromkeys(keys)
+        reads = [{"key": _base64(KEY_PREFIX + key), "keys_only": True} for key in distinct]
+        _, answers = self._transact("range", reads, deadline)
+        by_key = {key: one for key, answer in zip(distinct, answers, strict=True) for one in _holders(answer)}
+        return [by_key.get(key) for key in keys]
 
     def look(self, key: str, deadline: float) -> Holder | None:
-        return _first_holder(self._post(self._url("/kv/range"), json={"key": _key64(key)}, deadline=deadline))
+        answer = self._post("/kv/range")(json={"key": _base64(KEY_PREFIX + key)}, deadline=deadline)
+        return next(iter(_holders(answer)), None)
 
     def list_locks(self, prefix: str, deadline: float) -> tuple[list[tuple[str, Holder]], bool]:
         """The first keys with this prefix, and whether there are more; one linearizable read."""
-        first = (KEY_PREFIX + prefix).encode()
-        end = first[:-1] + bytes([first[-1] + 1])  # never over 0xff, which UTF-8 does not have
-        read = {"key": _base64(first), "range_end": _base64(end), "limit": MAX_LOCKS_LISTED}
-        answer = self._post(self._url("/kv/range"), json=read, deadline=deadline)
+        *most, last = (KEY_PREFIX + prefix).encode()
+        end = base64.b64encode(bytes([*most, last + 1])).decode()  # never over 0xff, which UTF-8 does not have
+        read = {"key": _base64(KEY_PREFIX + prefix), "range_end": end, "limit": MAX_LOCKS_LISTED}
+        answer = self._post("/kv/range")(json=read, deadline=deadline)
         keys = [base64.b64decode(kv["key"]).decode("utf-8", "replace") for kv in answer.get("kvs", ())]
-        holders = map(_holder, answer.get("kvs", ()))
-        named = zip((key.removeprefix(KEY_PREFIX) for key in keys), holders, strict=True)
+        named = zip((key.removeprefix(KEY_PREFIX) for key in keys), _holders(answer), strict=True)
         return list(named), bool(answer.get("more"))
 
     def grant(self, wanted: LockRequest, deadline: float) -> int:
@@ -1772,7 +1772,7 @@ class Gateway:
         self.check_clusters(deadline)
         lease = {"ID": wanted.lease, "TTL": wanted.ttl}
         try:
-            return int(self._post(self._url("/lease/grant"), json=lease, deadline=deadline)["TTL"])
+            return int(self._post("/lease/grant")(json=lease, deadline=deadline)["TTL"])
         except Refused as fault:
             if "lease already exists" not in str(fault):
                 raise
@@ -1786,11 +1786,11 @@ class Gateway:
         Who holds a key that was not put is read afterwards: as a branch of the transaction it cost every acquire 8 %.
         """
         distinct = {claim.key: claim for claim in reversed(claims)}
-        answer = self._transact("txn", [_claim_txn(claim) for claim in distinct.values()], deadline)
+        answer, answers = self._transact("txn", list(map(_claim_txn, distinct.values())), deadline)
         token = int(answer["header"]["revision"])
         outcomes: dict[str, Holder | StorageError] = {
             claim.key: Holder(claim.lease, token)
-            for claim, response in zip(distinct.values(), answer["responses"], strict=True)
+            for claim, response in zip(distinct.values(), answers, strict=True)
             if response.get("succeeded")
         }
         if lost := [key for key in distinct if key not in outcomes]:
@@ -1809,74 +1809,62 @@ class Gateway:
 
     def keep_alive(self, leases: list[int], deadline: float) -> list[int | StorageError]:
         """The renewed ttl of each lease, 0 where it is gone. Answers are matched by ID, since some may be missing."""
-        url, lines = self._url("/lease/keepalive"), [{"ID": lease} for lease in dict.fromkeys(leases)]
-        ttls = _ttls(self._post(url, json=lines, deadline=deadline, doubtful=lambda said: 0 in _ttls(said).values()))
+        post, lines = self._post("/lease/keepalive"), [{"ID": lease} for lease in dict.fromkeys(leases)]
+        ttls = _ttls(post(json=lines, deadline=deadline, doubtful=lambda said: 0 in _ttls(said).values()))
         cut_short = StorageError("etcd cut its answer short")
         return [ttls.get(lease, cut_short) for lease in leases]
 
     def time_to_live(self, lease: int, deadline: float) -> tuple[int, int, list[bytes]] | None:
         """Of a live lease: seconds left, seconds granted, and the keys attached to it, with our prefix or another."""
-        url, wanted = self._url("/lease/timetolive"), {"ID": lease, "keys": True}
-        answer = self._post(url, json=wanted, deadline=deadline, doubtful=lambda said: int(said.get("TTL", 0)) < 0)
+        post, wanted = self._post("/lease/timetolive"), {"ID": lease, "keys": True}
+        answer = post(json=wanted, deadline=deadline, doubtful=lambda said: int(said.get("TTL", 0)) < 0)
         left, granted = int(answer.get("TTL", 0)), int(answer.get("grantedTTL", 0))
         return (left, granted, list(map(base64.b64decode, answer.get("keys", ())))) if left >= 0 else None
 
     def revoke(self, lease: int, deadline: float) -> None:
         """Ends the lease; one that is gone already is as good. A claim with it that is still under way will fail."""
         try:
-            self._post(self._url("/lease/revoke"), json={"ID": lease}, deadline=deadline)
+            self._post("/lease/revoke")(json={"ID": lease}, deadline=deadline)
         except Refused as fault:
             if fault.code != GRPC_NOT_FOUND:
                 raise
 
-    def _transact(self, kind: str, operations: list[dict[str, Any]], deadline: float) -> dict[str, Any]:
-        """The operations, ranges or txns, in one transaction; `responses` are theirs. A txn alone goes as it is."""
-        alone = kind == "txn" and len(operations) == 1
-        txn = operations[0] if alone else {"success": [{f"request_{kind}": operation} for operation in operations]}
-        answer: dict[str, Any] = self._post(self._url("/kv/txn"), json=txn, deadline=deadline)
-        responses = [answer] if alone else [response[f"response_{kind}"] for response in answer["responses"]]
-        return {"header": answer["header"], "responses": responses}
+    def _transact(self, kind: str, operations: list[Any], deadline: float) -> tuple[dict[str, Any], list[Any]]:
+        """The answer to one transaction of these operations, ranges or txns, and in it the answer to each."""
+        if len(operations) == 1:  # 20 µs less than a transaction of one
+            answer = self._post(f"/kv/{kind}")(json=operations[0], deadline=deadline)
+            return answer, [answer]
+        txn = {"success": [{f"request_{kind}": operation} for operation in operations]}
+        answer = self._post("/kv/txn")(json=txn, deadline=deadline)
+        return answer, [response[f"response_{kind}"] for response in answer["responses"]]
 
 
-def _base64(data: bytes) -> str:
-    return base64.b64encode(data).decode()
-
-
-def _key64(key: str) -> str:
-    return _base64((KEY_PREFIX + key).encode())
+def _base64(text: str) -> str:
+    return base64.b64encode(text.encode()).decode()
 
 
 def _claim_txn(claim: LockRequest) -> dict[str, Any]:
     """If the key does not exist (create_revision 0), put it with the lease."""
-    key, value = _key64(claim.key), _base64(claim.value.encode())
+    key, value = _base64(KEY_PREFIX + claim.key), _base64(claim.value)
     return {
         "compare": [{"key": key, "target": "CREATE", "create_revision": 0}],
         "success": [{"request_put": {"key": key, "value": value, "lease": claim.lease}}],
     }
 
 
-def _first_holder(answer: dict[str, Any]) -> Holder | None:
-    """The holder in a RangeResponse for one key."""
-    return _holder(answer["kvs"][0]) if answer.get("kvs") else None
-
-
-def _holder(kv: dict[str, Any]) -> Holder:
-    value = base64.b64decode(kv.get("value", "")).decode("utf-8", "replace")
-    return Holder(int(kv.get("lease", 0)), int(kv["create_revision"]), value)
+def _holders(answer: dict[str, Any]) -> list[Holder]:
+    """The holders in a RangeResponse."""
+    found = []
+    for kv in answer.get("kvs", ()):
+        value = base64.b64decode(kv.get("value", "")).decode("utf-8", "replace")
+        found.append(Holder(int(kv.get("lease", 0)), int(kv["create_revision"]), value))
+    return found
 
 
 def _ttls(answers: list[dict[str, Any]]) -> dict[int, int]:
     """The ttl of each lease in the answers to a keepalive; 0: not found."""
     results = [answer["result"] for answer in answers if "result" in answer]
     return {int(result.get("ID", 0)): max(0, int(result.get("TTL", 0))) for result in results}
-
-
-GRPC_NOT_FOUND = 5
-GRPC_UNAVAILABLE = 14
-GRPC_UNAUTHENTICATED = 16
-# Codes that mean that nothing was applied, whichever member says it: invalid argument, not found, already exists,
-# permission denied, resource exhausted, failed precondition, out of range, unimplemented, unauthenticated.
-GRPC_REFUSALS = frozenset({3, 5, 6, 7, 8, 9, 11, 12, 16})
 
 
 def classify(status: int, text: str) -> StorageError:
@@ -1888,23 +1876,18 @@ def classify(status: int, text: str) -> StorageError:
     try:
         answer = json.loads(text)
         detail = answer["error"] if isinstance(answer.get("error"), dict) else answer
-        code = int(detail.get("grpc_code", detail.get("code")))
-        message = str(detail.get("message") or detail.get("error"))
+        code, message = int(detail.get("grpc_code", detail.get("code"))), detail.get("message") or detail.get("error")
     except (ValueError, TypeError, AttributeError):
-        return _classify_plain(status, f"HTTP {status}: {quote(' '.join(text.split()))}")
+        hint = "; is the gateway on (--enable-grpc-gateway), and is this etcd?" if status == 404 else ""
+        if "CommonName" in text:
+            hint = "; with etcd's auth enabled, the client certificate must have no CommonName"
+        kind = StorageError if 400 <= status < 500 else OutcomeUnknown
+        return kind(f"HTTP {status}: {quote(' '.join(text.split()))}{hint}")
     if code in GRPC_REFUSALS:
-        return Refused(message, code)
-    if code == GRPC_UNAVAILABLE and "no leader" in message:
-        return StorageError(message)  # thanks to our header hasleader, before anything was done
-    return OutcomeUnknown(message)  # timed out, leader changed, not a primary lessor, and anything else
-
-
-def _classify_plain(status: int, said: str) -> StorageError:
-    if "CommonName" in said:
-        return StorageError(f"{said}: with etcd's auth enabled, the client certificate must have no CommonName")
-    if status == 404:
-        return StorageError(f"{said}: is the gateway on (--enable-grpc-gateway), and is this etcd?")
-    return StorageError(said) if 400 <= status < 500 else OutcomeUnknown(said)
+        return Refused(str(message), code)
+    # A member without a leader says so before anything was done, thanks to our header hasleader. All else may have been
+    # applied: timed out, leader changed, not a primary lessor.
+    return (StorageError if code == GRPC_UNAVAILABLE and "no leader" in str(message) else OutcomeUnknown)(str(message))
 
 
 # == Members: which one to ask, over which connection ================================================================
@@ -1913,7 +1896,7 @@ PAUSE_SECONDS = 0.1  # between two tries of one member that failed
 WATCH_SECONDS = 1.0  # between two looks at a member, and between two log-ins that are refused
 MAX_IDLE = 256  # connections kept open to one member
 MAX_ANSWER_BYTES = 16 << 20  # most are below 1 MiB, but a lease of another tenant may have many keys
-READ = ("POST /v3/kv/range", {"key": _key64("")})  # linearizable, within our prefix, and nobody's key
+READ = ("POST /v3/kv/range", {"key": _base64(KEY_PREFIX)})  # linearizable, within our prefix, and nobody's key
 
 
 class Member:
