@@ -1906,15 +1906,27 @@ class Member:
         self.endpoint, self.name = endpoint, name
         self.host = host  # an IP address; empty while the endpoint's name has none
         self.idle: list[Wire] = []  # append and pop are atomic; the most recently used is taken first
-        self.cluster = ""  # the ID of its cluster; empty: it never answered
+        self.cluster = self.release = ""  # the ID of its cluster, and its version; empty: it never told
         self.fault: str | None = None  # None: it is well
-        self.failed_at = -math.inf
-        self.errors = 0
+        self.failed_at, self.errors = -math.inf, 0
         # Without a leader a member says so at once, and certainly has not applied the call (etcd-io/etcd 10819).
         self.headers = f"Host: {endpoint}\r\nContent-Type: application/json\r\nGrpc-Metadata-hasleader: true\r\n"
 
-    def __str__(self) -> str:
-        return self.name
+    def hang_up(self) -> None:
+        while self.idle:
+            with contextlib.suppress(IndexError):  # another thread took the last
+                self.idle.pop().sock.close()
+
+    def broken(self, wire: Wire, kept: bool, fault: Exception) -> StorageError:
+        """What it means that this connection broke while the member was asked."""
+        wire.sock.close()
+        if kept and not wire.buffer and isinstance(fault, ConnectionError | EOFError | ssl.SSLError):
+            self.hang_up()  # etcd closed them while nobody asked: they are of the same age
+            return OutcomeUnknown(reason(fault), sick=False)
+        if not kept and isinstance(fault, ssl.SSLError):
+            return StorageError(reason(fault))  # TLS 1.3 refuses a client after the handshake
+        hint = "; is it https?" if not kept and not self.endpoint.tls and isinstance(fault, EOFError) else ""
+        return OutcomeUnknown(reason(fault) + hint)
 
 
 class Members:
@@ -1928,26 +1940,25 @@ class Members:
     def __init__(self, config: Config, metrics: Metrics) -> None:
         """Raises ConfigError."""
         self._timeout = config.etcd_timeout
-        self._endpoints = [one._replace(tls=config.etcd_tls or bool(one.tls)) for one in config.etcd_addr_list]
+        endpoints = {one._replace(tls=config.etcd_tls or bool(one.tls)) for one in config.etcd_addr_list}
         files = ("ca_cert_path", "client_cert_path", "client_key_path") if config.etcd_tls else ()
-        needs_tls = any(one.tls for one in self._endpoints)
+        needs_tls = any(one.tls for one in endpoints)
         self._tls = tls_context(config, ssl.Purpose.SERVER_AUTH, *files) if needs_tls else None
         self._login = Login(config.etcd_username, config.etcd_password)
         self._mutex = threading.Lock()  # owns the order of members and the fields about their health
         self._members: list[Member] = []
         self._cluster = ""  # the ID of the cluster that is used
-        self._unseen = set(self._endpoints)  # whose members have not been looked at yet
+        self._unseen = endpoints.copy()  # whose members have not been looked at yet
         self._first_looks_end = time.monotonic() + self._timeout / 2
         metrics.sources.append(self._samples)
-        for endpoint in self._endpoints:
+        for endpoint in endpoints:
             threading.Thread(target=self._watch, args=(endpoint,), name=f"watch-{endpoint}", daemon=True).start()
 
     def post(
-        self, url: str, *, json: Any, deadline: float, timeout: object = None,
-        doubtful: Callable[[Any], bool] = lambda answer: False,
-    ) -> types.SimpleNamespace:  # fmt: skip
-        """One try on one member; a list is sent as JSON lines. The host in `url` and `timeout` are etcd3gw's, and
-        unused. Raises StorageError, Refused or OutcomeUnknown.
+        self, url: str, *, json: Any, deadline: float, doubtful: Callable[[Any], bool] | None = None, **_: object
+    ) -> types.SimpleNamespace:
+        """One try on one member; a list is sent as JSON lines. Only the path in `url` counts; what is not named here is
+        etcd3gw's. Raises StorageError, Refused or OutcomeUnknown.
 
         An answer that is `doubtful` is only believed after a linearizable read on the same member: one that was frozen
         says for some milliseconds that leases are gone which are alive.
@@ -1956,7 +1967,7 @@ class Members:
         if member.cluster != self._cluster:  # look at a stranger before the first write to it
             self._call(member, *READ, deadline)
         answer = self._call(member, request, json, deadline)
-        if doubtful(answer):
+        if doubtful and doubtful(answer):
             self._call(member, *READ, deadline)
             answer = self._call(member, request, json, deadline)
         return types.SimpleNamespace(status_code=200, json=lambda: answer)  # all that etcd3gw looks at
@@ -1966,7 +1977,7 @@ class Members:
         begin with members of two would lend one lock twice. Raises StorageError."""
         while self._unseen and time.monotonic() < min(deadline, self._first_looks_end):
             time.sleep(0.01)
-        known = {member.cluster: str(member) for member in self._members if member.cluster}
+        known = {member.cluster: member.name for member in self._members if member.cluster}
         if len(known) > 1:
             raise StorageError(f"members of two clusters are listed: {', '.join(known.values())}")
 
@@ -1977,7 +1988,7 @@ class Members:
             if first and (first.fault is None or first.failed_at + PAUSE_SECONDS <= now < deadline):
                 return first
             if now >= deadline:
-                raise StorageError(f"{first}: {first.fault}" if first else "no address of etcd is known yet")
+                raise StorageError(f"{first.name}: {first.fault}" if first else "no address of etcd is known yet")
             time.sleep(min(PAUSE_SECONDS / 4, deadline - now))
 
     def _call(self, member: Member, request: str, payload: Any, deadline: float) -> Any:
@@ -1988,13 +1999,12 @@ class Members:
             answer = self._exchange(member, request, payload, until)
             self._note_answer(member, answer)
         except StorageError as fault:
-            if self._login.is_asked_for(fault):
-                log_in = functools.partial(self._exchange, member, "POST /v3/auth/authenticate", deadline=until)
-                fault = self._login.renew(login, log_in)
+            log_in = functools.partial(self._exchange, member, "POST /v3/auth/authenticate", deadline=until)
+            fault = self._login.cure(fault, login, log_in)
             # If the caller's deadline cut the try short, that says nothing about the member.
-            elif fault.sick and (share_ends <= deadline or time.monotonic() < deadline):
+            if fault.sick and (share_ends <= deadline or time.monotonic() < deadline):
                 self._mark_sick(member, str(fault))
-            fault.args = (f"{member}: {fault}",)
+            fault.args = (f"{member.name}: {fault}",)
             raise fault
         return answer
 
@@ -2013,8 +2023,7 @@ class Members:
             status, headers = parse_answer_head(wire.head(deadline))
             text = wire.body(body_length(headers, MAX_ANSWER_BYTES), MAX_ANSWER_BYTES, deadline).decode()
         except (OSError, EOFError, BadRequest, ValueError) as fault:
-            wire.sock.close()
-            raise _broken(member, wire, kept, fault) from fault
+            raise member.broken(wire, kept, fault) from fault
         if status == 200 and not wire.buffer and "connection" not in headers and len(member.idle) < MAX_IDLE:
             member.idle.append(wire)
         else:  # not to be trusted after an error, or with something unread
@@ -2029,9 +2038,8 @@ class Members:
             sock = socket.create_connection((member.host, member.endpoint.port), left)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if self._tls and member.endpoint.tls:
-                sock = self._tls.get().wrap_socket(sock, server_hostname=member.endpoint.host)
-            else:
-                sock.settimeout(None)
+                return Wire(self._tls.get().wrap_socket(sock, server_hostname=member.endpoint.host))
+            sock.settimeout(None)
             return Wire(sock)
         except (OSError, ValueError) as fault:
             ours = getattr(fault, "errno", None) in OWN_SHORTAGES
@@ -2048,76 +2056,70 @@ class Members:
             member.cluster = cluster
             if self._cluster not in {one.cluster for one in self._members if one.cluster}:
                 self._cluster = cluster  # it is the first that answers, or the whole list has moved
-            before, member.fault = member.fault, member.fault if cluster != self._cluster else None
-        if cluster != self._cluster:
-            raise OutcomeUnknown("it is of another cluster than the members before it")
+            if cluster != self._cluster:
+                raise OutcomeUnknown("it is of another cluster than the members before it")
+            before, member.fault = member.fault, None
         if before is not None:
-            event(INFO, "etcd member is well again", member=member)
+            event(INFO, "etcd member is well again", member=member.name)
 
     def _mark_sick(self, member: Member, fault: str) -> None:
-        _close_all(member.idle)
+        member.hang_up()
         with self._mutex:
             member.errors += 1
             before, member.fault, member.failed_at = member.fault, fault, time.monotonic()
             if member in self._members:
                 self._members = [one for one in self._members if one is not member] + [member]
         if before is None:
-            event(WARNING, "etcd member failed", member=member, reason=fault)
+            event(WARNING, "etcd member failed", member=member.name, reason=fault)
 
     def _samples(self) -> dict[str, float]:
         found: dict[str, float] = {}
         for member in self._members:
-            found[sample("shared_lock_etcd_member_up", member=member)] = int(
-                member.fault is None and member.cluster > ""
-            )
-            found[sample("shared_lock_etcd_errors_total", member=member)] = member.errors
+            is_up = member.fault is None and member.cluster != ""
+            found[sample("shared_lock_etcd_member_up", member=member.name)] = int(is_up)
+            found[sample("shared_lock_etcd_errors_total", member=member.name)] = member.errors
         return found
 
     def _watch(self, endpoint: Address) -> None:
         """Looks the name up while one of its members is sick, and asks each member."""
-        checked: set[Member] = set()
+        mine: list[Member] = []
         while True:
-            mine = [member for member in self._members if member.endpoint == endpoint]
             if not mine or any(member.fault for member in mine):
                 mine = self._look_up(endpoint)
             for member in mine:
                 with contextlib.suppress(StorageError):  # noted at the member
                     self._call(member, *READ, math.inf)  # for as long as a try may take
-                    if member not in checked:
-                        checked.add(member)
+                    if not member.release:
                         self._check_release(member)
             self._unseen.discard(endpoint)
             time.sleep(WATCH_SECONDS)
 
     def _look_up(self, endpoint: Address) -> list[Member]:
         """The members at the addresses that the endpoint's name has now, IPv4 if any. One that is well stays."""
-        mine = {member.host: member for member in self._members if member.endpoint == endpoint}
+        mine = {member.host for member in self._members if member.endpoint == endpoint}
         try:
-            infos = socket.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM)
-            families = {str(info[4][0]): info[0] for info in infos}
-            hosts = [host for host, family in families.items() if family == socket.AF_INET] or list(families)
+            found = socket.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM)
+            addresses = {str(info[4][0]) for info in found}
+            hosts = {host for host in addresses if ":" not in host} or addresses
         except (OSError, UnicodeError):
-            hosts = list(mine) or [""]
-        gone = [member for host, member in mine.items() if host not in hosts and member.fault]
+            hosts = mine or {""}
         with self._mutex:
-            members = [member for member in self._members if member not in gone]
-            for host in hosts:
-                if host not in mine:  # anywhere: replicas that start together do not all begin with the same
-                    address = endpoint if len(hosts) == 1 else endpoint._replace(host=host)
-                    member = Member(endpoint, host, f"{'https' if endpoint.tls else 'http'}://{address}")
-                    members.insert(random.randint(0, len(members)), member)
+            members = [one for one in self._members if one.endpoint != endpoint or one.host in hosts or not one.fault]
+            for host in hosts - mine:  # anywhere: replicas that start together do not all begin with the same
+                address = endpoint if len(hosts) == 1 else endpoint._replace(host=host)
+                member = Member(endpoint, host, f"{'https' if endpoint.tls else 'http'}://{address}")
+                members.insert(random.randint(0, len(members)), member)
             self._members = members
         return [member for member in members if member.endpoint == endpoint]
 
     def _check_release(self, member: Member) -> None:
         """Warns of releases that may end or renew leases wrongly after a leader was frozen."""
-        release = str(self._exchange(member, "GET /version", {}, deadline_after(self._timeout)).get("etcdserver"))
-        numbers = tuple(map(int, re.findall("[0-9]+", release)[:3]))
+        answer = self._exchange(member, "GET /version", {}, deadline_after(self._timeout))
+        member.release = str(answer.get("etcdserver"))
+        numbers = tuple(map(int, re.findall("[0-9]+", member.release)[:3]))
         if numbers < (3, 5, 23) or (3, 6) <= numbers < (3, 6, 5):
-            event(WARNING, "etcd release with defects in leases", member=member, release=release, better=SOUND_RELEASES)
-
-
-SOUND_RELEASES = "3.5.23, 3.6.5 or newer"
+            shown = {"release": member.release, "better": "3.5.23, 3.6.5 or newer"}
+            event(WARNING, "etcd release with defects in leases", member=member.name, **shown)
 
 
 class Login:
@@ -2130,41 +2132,24 @@ class Login:
         self._again_at = -math.inf
         self.header = ""  # empty before the first log-in
 
-    def is_asked_for(self, fault: StorageError) -> bool:
-        said, code = str(fault), getattr(fault, "code", 0)
-        asked = code == GRPC_UNAUTHENTICATED or "user name is empty" in said or "auth store is old" in said
-        return asked and self._credentials["name"] != ""
-
-    def renew(self, used: str, log_in: Callable[[Any], Any]) -> StorageError:
-        """Logs in, unless another caller did since `used`. Returns what to raise: an error to try again after, or the
-        Refused of the log-in, which is remembered for WATCH_SECONDS."""
+    def cure(self, fault: StorageError, used: str, log_in: Callable[[Any], Any]) -> StorageError:
+        """Logs in if `fault` asks for it, unless another caller did since `used`. Returns what to raise: an error to
+        try again after, or the Refused of the log-in, which is remembered for WATCH_SECONDS."""
+        asked = re.search("user name is empty|auth store is old", str(fault))
+        if not self._credentials["name"] or not (asked or getattr(fault, "code", 0) == GRPC_UNAUTHENTICATED):
+            return fault
         with self._mutex:
             if self.header == used and time.monotonic() > self._again_at:
                 before, self._refusal = self._refusal, None
                 try:
                     self.header = f"Authorization: {log_in(self._credentials)['token']}\r\n"
-                except Refused as fault:
-                    self._refusal, self._again_at = fault, time.monotonic() + WATCH_SECONDS
+                except Refused as refusal:
+                    self._refusal, self._again_at = refusal, time.monotonic() + WATCH_SECONDS
                     if before is None:
-                        event(WARNING, "etcd log-in refused", reason=fault)
+                        event(WARNING, "etcd log-in refused", reason=refusal)
+                except StorageError as failure:  # what asked for the log-in was not applied
+                    return StorageError(str(failure), failure.sick)
             return copy.copy(self._refusal) if self._refusal else StorageError("logged in again", sick=False)
-
-
-def _broken(member: Member, wire: Wire, kept: bool, fault: Exception) -> StorageError:
-    """What it means that a connection broke while a member was asked."""
-    if kept and not wire.buffer and isinstance(fault, (ConnectionError, EOFError, ssl.SSLError)):
-        _close_all(member.idle)  # etcd closed them while nobody asked: they are of the same age
-        return OutcomeUnknown(reason(fault), sick=False)
-    if not kept and isinstance(fault, ssl.SSLError):
-        return StorageError(reason(fault))  # TLS 1.3 refuses a client after the handshake
-    hint = "; is it https?" if not kept and not member.endpoint.tls and isinstance(fault, EOFError) else ""
-    return OutcomeUnknown(reason(fault) + hint)
-
-
-def _close_all(wires: list[Wire]) -> None:
-    while wires:
-        with contextlib.suppress(IndexError):  # another thread took the last
-            wires.pop().sock.close()
 
 
 @functools.lru_cache(maxsize=256)  # the answers of one second are alike
@@ -2181,8 +2166,7 @@ def parse_answer_head(data: bytes) -> tuple[int, Mapping[str, str]]:
 # first is safe: 512 bytes, but 2,048 after 1,536 blanks, for which Go's json.Decoder doubles its buffer.
 # Measured under load: 32 lines without the blanks, 832 of 19,200 answers missing, 18 lines, none of 86,400; with them
 # 64 and 76 lines, none in 600 calls each. A lone line is answered 6 % sooner without.
-_SAFE_BYTES = 512
-_BLANKS = " " * 1536
+_SAFE_BYTES, _BLANKS = 512, " " * 1536
 _to_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
@@ -2195,17 +2179,13 @@ def _to_lines(payload: Any) -> str:
 
 def parse_answer(status: int, text: str, payload: object = None) -> Any:
     """The answer to this payload: of a list, a list. Raises StorageError."""
+    many = isinstance(payload, list)
+    lines = text.strip().replace("\n", ",") if many else text
     with contextlib.suppress(ValueError):
-        if status == 200 and isinstance(payload, list):
-            answers = json.loads("[" + text.strip().replace("\n", ",") + "]")
-            if any(isinstance(answer, dict) and "result" in answer for answer in answers):
-                return answers
-        elif status == 200:
-            answer = json.loads(text)
-            if isinstance(answer, dict) and (
-                "header" in answer or "etcdserver" in answer
-            ):  # etcd never leaves out both
-                return answer
+        answers = json.loads(f"[{lines}]") if status == 200 else []
+        for one in answers:  # etcd leaves out neither of these, and a line of many may be an error
+            if isinstance(one, dict) and ("header" in one or "result" in one or "etcdserver" in one):
+                return answers if many else one
     raise classify(status, text.partition("\n")[0] if status == 200 else text)
 
 
