@@ -2209,13 +2209,11 @@ def open_storage(config: Config, metrics: Metrics) -> Storage:
 LEASES = "shared_lock_lease_operations_total"
 CACHE = "shared_lock_cache_operations_total"
 GRANTS = "shared_lock_lease_grant_duration_seconds"
-GRANT_BOUNDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, math.inf]  # seconds
-KNOWN_RESULTS = [
-    (LEASES, "get", "created accepted error"), (LEASES, "prolong", "success failure error"),
-    (LEASES, "release", "success failure error"), (CACHE, "get", "hit miss expired"), (CACHE, "set", "success update"),
-    (CACHE, "evict", "size_limit"),
-]  # fmt: skip
 REQUESTS = "shared_lock_http_requests_total"
+KNOWN_RESULTS = {  # operation and statuses; shown from the start
+    LEASES: ("get created accepted error", "prolong success failure error", "release success failure error"),
+    CACHE: ("get hit miss expired", "set success update", "evict size_limit"),
+}
 FAMILIES = {
     LEASES: ("counter", "Operations on locks."),
     GRANTS: ("histogram", "Time to answer a POST /lease with 201 or 202, not counting the wait in line."),
@@ -2232,6 +2230,7 @@ FAMILIES = {
     "process_open_fds": ("gauge", "Open file descriptors."),
     "process_max_fds": ("gauge", "How many file descriptors may be open."),
 }
+_STARTED_SECONDS = time.time()
 
 
 def sample(name: str, **labels: object) -> str:
@@ -2239,8 +2238,9 @@ def sample(name: str, **labels: object) -> str:
     return name + "{" + ",".join([f'{label}="{value}"' for label, value in labels.items()]) + "}"
 
 
-def _bucket(bound: float) -> str:
-    return sample(f"{GRANTS}_bucket", operation="get", le="+Inf" if bound == math.inf else bound)
+GRANT_BOUNDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8]  # seconds; over them +Inf
+_BUCKETS = [sample(f"{GRANTS}_bucket", operation="get", le=bound) for bound in [*GRANT_BOUNDS, "+Inf"]]
+_SUM, _COUNT = sample(f"{GRANTS}_sum", operation="get"), sample(f"{GRANTS}_count", operation="get")
 
 
 class Metrics:
@@ -2249,14 +2249,10 @@ class Metrics:
 
     def __init__(self) -> None:
         self._mutex = threading.Lock()  # owns the numbers
-        names = [
-            sample(name, operation=operation, status=status)
-            for name, operation, statuses in KNOWN_RESULTS
-            for status in statuses.split()
-        ]
-        names += map(_bucket, GRANT_BOUNDS)
-        self._numbers: dict[str, float] = dict.fromkeys(names, 0)  # of the histogram, each bucket by itself
-        self._grant_seconds = 0.0
+        self._numbers: dict[str, float] = dict.fromkeys([*_BUCKETS, _SUM], 0)  # each bucket by itself
+        for name, results in KNOWN_RESULTS.items():
+            for operation, *statuses in map(str.split, results):
+                self._numbers |= {sample(name, operation=operation, status=status): 0 for status in statuses}
         self.sources: list[Callable[[], Mapping[str, float]]] = [_process_samples]
 
     def count(self, name: str, **labels: object) -> None:
@@ -2266,29 +2262,23 @@ class Metrics:
 
     def observe_grant(self, took: float) -> None:
         """A POST /lease was answered after so many seconds."""
-        bucket = _bucket(GRANT_BOUNDS[bisect.bisect_left(GRANT_BOUNDS, took)])
         with self._mutex:
-            self._numbers[bucket] += 1
-            self._grant_seconds += took
+            self._numbers[_BUCKETS[bisect.bisect_left(GRANT_BOUNDS, took)]] += 1
+            self._numbers[_SUM] += took
 
     def render(self) -> str:
         """All families, as one page."""
         with self._mutex:
-            numbers, grant_seconds = dict(self._numbers), self._grant_seconds
-        buckets = list(map(_bucket, GRANT_BOUNDS))
-        numbers |= zip(buckets, itertools.accumulate([numbers[bucket] for bucket in buckets]), strict=True)
-        numbers[sample(f"{GRANTS}_sum", operation="get")] = grant_seconds
-        numbers[sample(f"{GRANTS}_count", operation="get")] = numbers[buckets[-1]]
+            numbers = self._numbers.copy()
+        numbers |= zip(_BUCKETS, itertools.accumulate([numbers[bucket] for bucket in _BUCKETS]), strict=True)
+        numbers[_COUNT] = numbers[_BUCKETS[-1]]
         for source in self.sources:
             numbers |= source()
-        lines = []
+        page = ""
         for family, (kind, meaning) in FAMILIES.items():
-            samples = [f"{name} {value}" for name, value in numbers.items() if name.startswith(family)]
-            lines += [f"# HELP {family} {meaning}", f"# TYPE {family} {kind}", *samples] if samples else []
-        return "\n".join(lines) + "\n"
-
-
-_STARTED_SECONDS = time.time()
+            if samples := [f"{name} {value}\n" for name, value in numbers.items() if name.startswith(family)]:
+                page += f"# HELP {family} {meaning}\n# TYPE {family} {kind}\n" + "".join(samples)
+        return page
 
 
 def _process_samples() -> dict[str, float]:
@@ -2309,10 +2299,9 @@ def _process_samples() -> dict[str, float]:
 
 # == Profiles: what `go tool pprof` opens ============================================================================
 #
-# Only for SHARED_LOCK_PPROF_ENABLED, and at no cost before one is asked for. Stacks are tuples of (function, file,
-# line), innermost first.
+# Only for SHARED_LOCK_PPROF_ENABLED, and at no cost before one is asked for.
 
-Stack = tuple[tuple[str, str, int], ...]
+Stack = tuple[tuple[str, str, int], ...]  # function, file, line; innermost first
 _SAMPLES_PER_SECOND = 100
 _HEAP_FRAMES = 12  # of each allocation that tracemalloc remembers
 _one_at_a_time = threading.Lock()
@@ -2323,28 +2312,27 @@ def timed(default: str, profile: Callable[[int], Response]) -> Callable[[Request
 
     def page(request: Request) -> Response:
         try:
-            duration = between(1, 300, whole)(_query(request).get("seconds", default))
+            seconds = between(1, 300, whole)(_query(request).get("seconds", default))
         except ValueError as fault:
             raise BadRequest(f"seconds: {fault}") from fault
         if not _one_at_a_time.acquire(blocking=False):
             raise BadRequest("a profile is being made already: one at a time", 503)
         try:
-            return profile(duration)
+            return profile(seconds)
         finally:
             _one_at_a_time.release()
 
     return page
 
 
-def cpu_profile(duration: int) -> Response:
-    """CPU time by stack, over so many seconds. A sample of a thread's stack weighs what the thread used since the last.
+def cpu_profile(seconds: int) -> Response:
+    """CPU time by stack. A sample of a thread's stack weighs what the thread used since the last.
 
     The sampler needs the interpreter, too, so it sees each thread where it lets go of that, mostly in a system call:
     the sums by caller (pprof's cum) are right, the innermost function (flat) is not.
     """
     samples: collections.Counter[Stack] = collections.Counter()
-    before = _cpu_nanos()
-    ends = time.monotonic() + duration
+    before, ends = _cpu_nanos(), time.monotonic() + seconds
     while time.monotonic() < ends:
         time.sleep(1 / _SAMPLES_PER_SECOND)
         used, frames = _cpu_nanos(), sys._current_frames()
@@ -2352,7 +2340,7 @@ def cpu_profile(duration: int) -> Response:
             if (since := nanos - before.get(thread, 0)) > 0 and thread.ident in frames:
                 samples[_stack(frames[thread.ident])] += since
         before = used
-    return _pprof("cpu", "nanoseconds", samples, duration)
+    return _pprof("cpu", "nanoseconds", samples, seconds)
 
 
 def _cpu_nanos() -> dict[threading.Thread, int]:
@@ -2365,69 +2353,56 @@ def _cpu_nanos() -> dict[threading.Thread, int]:
     return used
 
 
-def heap_profile(duration: int) -> Response:
+def heap_profile(seconds: int) -> Response:
     """Bytes that Python allocated during so many seconds and that are in use at their end, by stack."""
     import tracemalloc
 
     tracemalloc.start(_HEAP_FRAMES)
-    time.sleep(duration)
+    time.sleep(seconds)
     traces = tracemalloc.take_snapshot().traces
     tracemalloc.stop()
-    functions = [one.__code__ for one in gc.get_objects() if isinstance(one, types.FunctionType)]
-    names = {(code.co_filename, line): code.co_qualname for code in functions for _, _, line in code.co_lines()}
+    codes = [one.__code__ for one in gc.get_objects() if isinstance(one, types.FunctionType)]
+    names = {(code.co_filename, line): code.co_qualname for code in codes for _, _, line in code.co_lines()}
     samples: collections.Counter[Stack] = collections.Counter()
     for trace in traces:
         frames = [(one.filename, one.lineno) for one in reversed(trace.traceback)]
         samples[tuple((names.get(frame, frame[0]), *frame) for frame in frames)] += trace.size
-    return _pprof("inuse_space", "bytes", samples, duration)
+    return _pprof("inuse_space", "bytes", samples, seconds)
 
 
 def thread_stacks(request: Request) -> Response:
     """Every thread's stack: as text with ?debug=1 or 2, else for pprof."""
-    names = {thread.ident: thread.name for thread in threading.enumerate()}
-    stacks = [(names.get(ident, "?"), _stack(frame)) for ident, frame in sys._current_frames().items()]
+    stacks = {thread: _stack(frame) for thread, frame in sys._current_frames().items()}
     if _query(request).get("debug", "0") == "0":
-        return _pprof("threads", "count", collections.Counter(stack for _, stack in stacks))
-    text = [
-        f"{name}:\n" + "".join(f"  {function} at {file}:{line}\n" for function, file, line in stack)
-        for name, stack in stacks
-    ]
-    return Response(200, "\n".join(text).encode())
+        return _pprof("threads", "count", collections.Counter(stacks.values()))
+    names, text = {thread.ident: thread.name for thread in threading.enumerate()}, ""
+    for ident, stack in stacks.items():
+        lines = [f"  {function} at {file}:{line}\n" for function, file, line in stack]
+        text += f"{names.get(ident, '?')}:\n{''.join(lines)}\n"
+    return Response(200, text.encode())
 
 
-def _stack(frame: types.FrameType | None) -> Stack:
-    stack = []
-    while frame:
-        stack.append((frame.f_code.co_qualname, frame.f_code.co_filename, frame.f_lineno))
-        frame = frame.f_back
-    return tuple(stack)
+def _stack(frame: types.FrameType) -> Stack:
+    return tuple((one.f_code.co_qualname, one.f_code.co_filename, line) for one, line in traceback.walk_stack(frame))
 
 
-def _pprof(kind: str, unit: str, samples: Mapping[Stack, int], duration: int = 0) -> Response:
+def _pprof(kind: str, unit: str, samples: Mapping[Stack, int], seconds: int = 0) -> Response:
     """A gzipped profile.proto (github.com/google/pprof/proto/profile.proto); the numbers are its fields'."""
     import gzip
 
-    strings: dict[str, int] = {"": 0}
-    functions: dict[tuple[str, str], int] = {}
-    locations: dict[tuple[str, str, int], int] = {}
-
-    def string(text: str) -> int:
-        return strings.setdefault(text, len(strings))
-
-    def location(place: tuple[str, str, int]) -> int:
-        functions.setdefault(place[:2], len(functions) + 1)
-        return locations.setdefault(place, len(locations) + 1)
-
-    out = [_field(1, _field(1, string(kind)) + _field(2, string(unit)))]
+    strings: dict[str, int] = collections.defaultdict(itertools.count(1).__next__, {"": 0})  # each new one is numbered
+    functions: dict[tuple[str, str], int] = collections.defaultdict(itertools.count(1).__next__)
+    places: dict[tuple[str, str, int], int] = collections.defaultdict(itertools.count(1).__next__)
+    out = [_field(1, _field(1, strings[kind]) + _field(2, strings[unit]))]
     for stack, value in samples.items():
-        out.append(_field(2, b"".join(_field(1, location(place)) for place in stack) + _field(2, value)))
-    for (function, file, line), number in locations.items():
-        place = _field(1, functions[function, file]) + _field(2, line)
-        out.append(_field(4, _field(1, number) + _field(4, place)))
+        out.append(_field(2, b"".join(_field(1, places[place]) for place in stack) + _field(2, value)))
+    for (function, file, line), number in places.items():
+        code = _field(1, functions[function, file]) + _field(2, line)
+        out.append(_field(4, _field(1, number) + _field(4, code)))
     for (function, file), number in functions.items():
-        out.append(_field(5, _field(1, number) + _field(2, string(function)) + _field(4, string(file))))
+        out.append(_field(5, _field(1, number) + _field(2, strings[function]) + _field(4, strings[file])))
     out += [_field(6, text.encode()) for text in strings]
-    out += [_field(9, time.time_ns()), _field(10, duration * 10**9)]
+    out += [_field(9, time.time_ns()), _field(10, seconds * 10**9)]
     return Response(200, gzip.compress(b"".join(out)), "application/octet-stream")
 
 
@@ -2458,8 +2433,8 @@ def be_quick() -> None:
 
     Only one runs Python at any time, and handing the interpreter over to a thread on another CPU takes longer than
     what that thread does then: on one CPU of 2, 150 connections get 25,600 refusals/s instead of 12,600, and 1.4 times
-    the keepalives. The CPU is chosen at random; the kernel moves other processes out of the way, but two
-    daemons that chose the same CPU share it.
+    the keepalives. The CPU is chosen at random; the kernel moves other processes out of the way, but two daemons that
+    chose the same CPU share it.
     """
     # Seconds. Among short bursts a forced switch only delays: without this, p99 of refusals is 56 to 84 ms, not 42.
     sys.setswitchinterval(0.02)
@@ -2515,32 +2490,26 @@ def tell_start(config: Config, server: Server) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line: `python shared_lock.py serve`."""
-    parser = argparse.ArgumentParser(
-        prog="shared_lock.py",
-        description="Lends distributed locks over HTTP and keeps them in etcd.",
-        epilog="environment:\n" + "\n".join(_help_lines()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    about, form = "Lends distributed locks over HTTP and keeps them in etcd.", argparse.RawDescriptionHelpFormatter
+    lines = [
+        f"  {variable(one.name):<36} {one.metadata['meaning']} [{one.metadata['default']}]" for one in fields(Config)
+    ]
+    epilog = "\n".join(["environment:", *(line.removesuffix(" []") for line in lines)])
+    parser = argparse.ArgumentParser("shared_lock.py", description=about, epilog=epilog, formatter_class=form)
     parser.add_argument("--version", action="version", version=f"shared-lock {VERSION}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("serve", help="serve until SIGTERM or SIGINT")
     parser.parse_args(arguments)
-    for descriptor in (0, 1, 2):  # one that is closed would become a socket, and get the log
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
+    while (
+        descriptor := os.open(os.devnull, os.O_RDWR)
+    ) <= 2:  # one that is closed would become a socket, and get the log
+        pass
+    os.close(descriptor)
     try:
         return serve(Config.from_env(os.environ))
     except ConfigError as fault:
         print(f"shared-lock: {fault}", file=sys.stderr)
         return 2
-
-
-def _help_lines() -> Iterator[str]:
-    for one in fields(Config):
-        meaning, default = one.metadata["meaning"], one.metadata["default"]
-        yield f"  {variable(one.name):<36} {meaning}{f' [{default}]' if default else ''}"
 
 
 if __name__ == "__main__":
