@@ -1942,8 +1942,7 @@ class Members:
         self._timeout = config.etcd_timeout
         endpoints = {one._replace(tls=config.etcd_tls or bool(one.tls)) for one in config.etcd_addr_list}
         files = ("ca_cert_path", "client_cert_path", "client_key_path") if config.etcd_tls else ()
-        needs_tls = any(one.tls for one in endpoints)
-        self._tls = tls_context(config, ssl.Purpose.SERVER_AUTH, *files) if needs_tls else None
+        self._tls = tls_context(config, ssl.Purpose.SERVER_AUTH, *files) if any(one.tls for one in endpoints) else None
         self._login = Login(config.etcd_username, config.etcd_password)
         self._mutex = threading.Lock()  # owns the order of members and the fields about their health
         self._members: list[Member] = []
@@ -2038,7 +2037,7 @@ class Members:
             sock = socket.create_connection((member.host, member.endpoint.port), left)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if self._tls and member.endpoint.tls:
-                return Wire(self._tls.get().wrap_socket(sock, server_hostname=member.endpoint.host))
+                sock = self._tls.get().wrap_socket(sock, server_hostname=member.endpoint.host)
             sock.settimeout(None)
             return Wire(sock)
         except (OSError, ValueError) as fault:
@@ -2067,8 +2066,7 @@ class Members:
         with self._mutex:
             member.errors += 1
             before, member.fault, member.failed_at = member.fault, fault, time.monotonic()
-            if member in self._members:
-                self._members = [one for one in self._members if one is not member] + [member]
+            self._members = sorted(self._members, key=lambda one: one is member)  # it becomes the last
         if before is None:
             event(WARNING, "etcd member failed", member=member.name, reason=fault)
 
@@ -2118,8 +2116,8 @@ class Members:
         member.release = str(answer.get("etcdserver"))
         numbers = tuple(map(int, re.findall("[0-9]+", member.release)[:3]))
         if numbers < (3, 5, 23) or (3, 6) <= numbers < (3, 6, 5):
-            shown = {"release": member.release, "better": "3.5.23, 3.6.5 or newer"}
-            event(WARNING, "etcd release with defects in leases", member=member.name, **shown)
+            told = f"{member.release}, better 3.5.23, 3.6.5 or newer"
+            event(WARNING, "etcd release with defects in leases", member=member.name, release=told)
 
 
 class Login:
@@ -2199,8 +2197,9 @@ def open_storage(config: Config, metrics: Metrics) -> Storage:
         try:
             storage = EtcdStorage(Gateway(Members(config, metrics)), config.etcd_timeout)
         except ImportError as fault:
-            needs = f"etcd needs the package etcd3gw (pip install etcd3gw): {fault}"
-            raise ConfigError(f"{variable('storage_type')}: {needs}") from fault
+            raise ConfigError(
+                f"{variable('storage_type')}: etcd needs etcd3gw, see requirements.txt: {fault}"
+            ) from fault
     return Cache(storage, config.cache_size, metrics) if config.cache_enabled else storage
 
 
@@ -2307,22 +2306,18 @@ _HEAP_FRAMES = 12  # of each allocation that tracemalloc remembers
 _one_at_a_time = threading.Lock()
 
 
-def timed(default: str, profile: Callable[[int], Response]) -> Callable[[Request], Response]:
-    """A page that takes `?seconds=N`. A second one meanwhile is 503."""
-
-    def page(request: Request) -> Response:
-        try:
-            seconds = between(1, 300, whole)(_query(request).get("seconds", default))
-        except ValueError as fault:
-            raise BadRequest(f"seconds: {fault}") from fault
-        if not _one_at_a_time.acquire(blocking=False):
-            raise BadRequest("a profile is being made already: one at a time", 503)
-        try:
-            return profile(seconds)
-        finally:
-            _one_at_a_time.release()
-
-    return page
+def timed(profile: Callable[[int], Response], default: str, request: Request) -> Response:
+    """The profile of `?seconds=N`. A second one meanwhile is 503."""
+    try:
+        seconds = between(1, 300, whole)(_query(request).get("seconds", default))
+    except ValueError as fault:
+        raise BadRequest(f"seconds: {fault}") from fault
+    if not _one_at_a_time.acquire(blocking=False):
+        raise BadRequest("a profile is being made already: one at a time", 503)
+    try:
+        return profile(seconds)
+    finally:
+        _one_at_a_time.release()
 
 
 def cpu_profile(seconds: int) -> Response:
@@ -2417,10 +2412,10 @@ def _varint(value: int) -> bytes:
     return bytes([value]) if value < 0x80 else bytes([value & 0x7F | 0x80]) + _varint(value >> 7)
 
 
-PROFILES = {
+PROFILES: dict[str, Callable[[Request], Response]] = {
     "": lambda request: Response(200, b"profile?seconds=30\nheap?seconds=10\ngoroutine?debug=2\n"),
-    "profile": timed("30", cpu_profile),
-    "heap": timed("10", heap_profile),
+    "profile": functools.partial(timed, cpu_profile, "30"),
+    "heap": functools.partial(timed, heap_profile, "10"),
     "goroutine": thread_stacks,
 }
 
