@@ -1876,7 +1876,8 @@ def classify(status: int, text: str) -> StorageError:
     try:
         answer = json.loads(text)
         detail = answer["error"] if isinstance(answer.get("error"), dict) else answer
-        code, message = int(detail.get("grpc_code", detail.get("code"))), detail.get("message") or detail.get("error")
+        code = int(detail.get("grpc_code", detail.get("code")))
+        message = str(detail.get("message") or detail.get("error"))
     except (ValueError, TypeError, AttributeError):
         hint = "; is the gateway on (--enable-grpc-gateway), and is this etcd?" if status == 404 else ""
         if "CommonName" in text:
@@ -1884,10 +1885,10 @@ def classify(status: int, text: str) -> StorageError:
         kind = StorageError if 400 <= status < 500 else OutcomeUnknown
         return kind(f"HTTP {status}: {quote(' '.join(text.split()))}{hint}")
     if code in GRPC_REFUSALS:
-        return Refused(str(message), code)
-    # A member without a leader says so before anything was done, thanks to our header hasleader. All else may have been
-    # applied: timed out, leader changed, not a primary lessor.
-    return (StorageError if code == GRPC_UNAVAILABLE and "no leader" in str(message) else OutcomeUnknown)(str(message))
+        return Refused(message, code)
+    if code == GRPC_UNAVAILABLE and "no leader" in message:
+        return StorageError(message)  # thanks to our header hasleader, before anything was done
+    return OutcomeUnknown(message)  # timed out, leader changed, not a primary lessor, and anything else
 
 
 # == Members: which one to ask, over which connection ================================================================
@@ -2113,11 +2114,10 @@ class Members:
     def _check_release(self, member: Member) -> None:
         """Warns of releases that may end or renew leases wrongly after a leader was frozen."""
         answer = self._exchange(member, "GET /version", {}, deadline_after(self._timeout))
-        member.release = str(answer.get("etcdserver"))
-        numbers = tuple(map(int, re.findall("[0-9]+", member.release)[:3]))
+        member.release = release = str(answer.get("etcdserver"))
+        numbers, better = tuple(map(int, re.findall("[0-9]+", release)[:3])), "3.5.23, 3.6.5 or newer"
         if numbers < (3, 5, 23) or (3, 6) <= numbers < (3, 6, 5):
-            told = f"{member.release}, better 3.5.23, 3.6.5 or newer"
-            event(WARNING, "etcd release with defects in leases", member=member.name, release=told)
+            event(WARNING, "etcd release with defects in leases", member=member.name, release=release, better=better)
 
 
 class Login:
@@ -2154,8 +2154,7 @@ class Login:
 def parse_answer_head(data: bytes) -> tuple[int, Mapping[str, str]]:
     """Status and headers. Raises BadRequest."""
     line, *header_lines = data.decode("latin-1").split("\r\n")
-    match = re.match(r"HTTP/1\.[01] ([0-9]{3})", line)
-    if not match:
+    if not (match := re.match(r"HTTP/1\.[01] ([0-9]{3})", line)):
         raise BadRequest(f"not HTTP: {quote(line)}")
     return int(match[1]), parse_headers(header_lines)
 
@@ -2197,9 +2196,7 @@ def open_storage(config: Config, metrics: Metrics) -> Storage:
         try:
             storage = EtcdStorage(Gateway(Members(config, metrics)), config.etcd_timeout)
         except ImportError as fault:
-            raise ConfigError(
-                f"{variable('storage_type')}: etcd needs etcd3gw, see requirements.txt: {fault}"
-            ) from fault
+            raise ConfigError(f"{variable('storage_type')}: etcd needs `pip install etcd3gw`: {fault}") from fault
     return Cache(storage, config.cache_size, metrics) if config.cache_enabled else storage
 
 
@@ -2342,8 +2339,7 @@ def _cpu_nanos() -> dict[threading.Thread, int]:
     used = {}
     for thread in threading.enumerate():
         with contextlib.suppress(OSError):  # it has just ended
-            # Linux' clock of a thread, from its kernel ID as glibc does it: time.pthread_getcpuclockid() may crash on
-            # a thread that has ended.
+            # As glibc makes it of the kernel's ID: time.pthread_getcpuclockid() may crash on a thread that has ended.
             used[thread] = time.clock_gettime_ns(~(thread.native_id or 0) << 3 | 6)
     return used
 
@@ -2426,10 +2422,9 @@ PROFILES: dict[str, Callable[[Request], Response]] = {
 def be_quick() -> None:
     """Tells Python and Linux that many threads run here, each for a short while at a time.
 
-    Only one runs Python at any time, and handing the interpreter over to a thread on another CPU takes longer than
-    what that thread does then: on one CPU of 2, 150 connections get 25,600 refusals/s instead of 12,600, and 1.4 times
-    the keepalives. The CPU is chosen at random; the kernel moves other processes out of the way, but two daemons that
-    chose the same CPU share it.
+    Only one runs Python at a time, and to hand the interpreter over to a thread on another CPU takes longer than what
+    that thread does then: on one CPU of 2, 150 connections get 25,600 refusals/s instead of 12,600, and 1.4 times the
+    keepalives. The CPU is a random one: the kernel moves other processes away, but not another such daemon.
     """
     # Seconds. Among short bursts a forced switch only delays: without this, p99 of refusals is 56 to 84 ms, not 42.
     sys.setswitchinterval(0.02)
@@ -2486,18 +2481,17 @@ def tell_start(config: Config, server: Server) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line: `python shared_lock.py serve`."""
     about, form = "Lends distributed locks over HTTP and keeps them in etcd.", argparse.RawDescriptionHelpFormatter
-    lines = [
-        f"  {variable(one.name):<36} {one.metadata['meaning']} [{one.metadata['default']}]" for one in fields(Config)
-    ]
-    epilog = "\n".join(["environment:", *(line.removesuffix(" []") for line in lines)])
+    epilog = "environment:\n"
+    for one in fields(Config):
+        line = f"  {variable(one.name):<36} {one.metadata['meaning']} [{one.metadata['default']}]"
+        epilog += line.removesuffix(" []") + "\n"
     parser = argparse.ArgumentParser("shared_lock.py", description=about, epilog=epilog, formatter_class=form)
     parser.add_argument("--version", action="version", version=f"shared-lock {VERSION}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("serve", help="serve until SIGTERM or SIGINT")
     parser.parse_args(arguments)
-    while (
-        descriptor := os.open(os.devnull, os.O_RDWR)
-    ) <= 2:  # one that is closed would become a socket, and get the log
+    # A closed one of the first three descriptors would become a socket, and get the log.
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(descriptor)
     try:
