@@ -2295,8 +2295,6 @@ def _process_samples() -> dict[str, float]:
 # Only for SHARED_LOCK_PPROF_ENABLED, and at no cost before one is asked for.
 
 Stack = tuple[tuple[str, str, int], ...]  # function, file, line; innermost first
-_SAMPLES_PER_SECOND = 100
-_HEAP_FRAMES = 12  # of each allocation that tracemalloc remembers
 _one_at_a_time = threading.Lock()
 
 
@@ -2323,7 +2321,7 @@ def cpu_profile(seconds: int) -> Response:
     samples: collections.Counter[Stack] = collections.Counter()
     before, ends = _cpu_nanos(), time.monotonic() + seconds
     while time.monotonic() < ends:
-        time.sleep(1 / _SAMPLES_PER_SECOND)
+        time.sleep(0.01)
         used, frames = _cpu_nanos(), sys._current_frames()
         for thread, nanos in used.items():
             if (since := nanos - before.get(thread, 0)) > 0 and thread.ident in frames:
@@ -2345,7 +2343,7 @@ def heap_profile(seconds: int) -> Response:
     """Bytes that Python allocated during so many seconds and that are in use at their end, by stack."""
     import tracemalloc
 
-    tracemalloc.start(_HEAP_FRAMES)
+    tracemalloc.start(12)  # frames of each allocation
     time.sleep(seconds)
     traces = tracemalloc.take_snapshot().traces
     tracemalloc.stop()
