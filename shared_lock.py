@@ -1922,8 +1922,9 @@ class Member:
         if kept and not wire.buffer and isinstance(fault, ConnectionError | EOFError | ssl.SSLError):
             self.hang_up()  # etcd closed them while nobody asked: they are of the same age
             return OutcomeUnknown(reason(fault), sick=False)
-        if not kept and isinstance(fault, ssl.SSLError):
-            return StorageError(reason(fault))  # TLS 1.3 refuses a client after the handshake
+        if not kept and isinstance(fault, ssl.SSLError):  # TLS 1.3 refuses a client after the handshake
+            hung_up = isinstance(fault, ssl.SSLEOFError)  # before we read why
+            return StorageError("TLS: it hung up; does it accept our certificate?" if hung_up else reason(fault))
         hint = "; is it https?" if not kept and not self.endpoint.tls and isinstance(fault, EOFError) else ""
         return OutcomeUnknown(reason(fault) + hint)
 
