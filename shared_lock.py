@@ -1464,6 +1464,10 @@ class Combiner(Generic[Item, Answer]):
 MAX_OPERATIONS = 64  # in one transaction; etcd allows 128, nested ones counted in
 MAX_BATCH_BYTES = 256 << 10  # of keys and values in one call; base64 adds a third, and etcd's limit is 1.5 MiB
 MAX_KEEPALIVES = 64  # lines of 26 bytes in one POST: see _BLANKS
+GRPC_NOT_FOUND, GRPC_UNAVAILABLE, GRPC_UNAUTHENTICATED = 5, 14, 16
+# Codes that mean that nothing was applied, whichever member says it: invalid argument, not found, already exists,
+# permission denied, resource exhausted, failed precondition, out of range, unimplemented, unauthenticated.
+GRPC_REFUSALS = {3, 5, 6, 7, 8, 9, 11, 12, 16}
 
 
 def part_of_call(size: int) -> float:
@@ -1480,40 +1484,34 @@ class Gateway:
 
         client = etcd3gw.Etcd3Client(session=cast(Any, members), api_path="/v3/")
         self.check_clusters = members.check_clusters
-        self._post = client.post
-        self._url = functools.cache(client.get_url)
+        self._post = functools.cache(lambda path: functools.partial(client.post, client.get_url(path)))
 
     def holders(self, keys: list[str], deadline: float) -> list[Holder | None]:
         """Who holds each key, without the values; a linearizable read."""
-        distinct = list(dict.fromkeys(keys))
-        reads = [{"key": _key64(key), "keys_only": True} for key in distinct]
-        if len(reads) == 1:  # 20 µs less than a transaction of one
-            answers = [self._post(self._url("/kv/range"), json=reads[0], deadline=deadline)]
-        else:
-            answers = self._transact("range", reads, deadline)["responses"]
-        by_key = {key: _first_holder(answer) for key, answer in zip(distinct, answers, strict=True)}
-        return [by_key[key] for key in keys]
+        reads = {key: {"key": _base64(KEY_PREFIX + key), "keys_only": True} for key in keys}
+        _, answers = self._transact("range", list(reads.values()), deadline)
+        by_key = {key: one for key, answer in zip(reads, answers, strict=True) for one in _holders(answer)}
+        return [by_key.get(key) for key in keys]
 
     def look(self, key: str, deadline: float) -> Holder | None:
-        return _first_holder(self._post(self._url("/kv/range"), json={"key": _key64(key)}, deadline=deadline))
+        answer = self._post("/kv/range")(json={"key": _base64(KEY_PREFIX + key)}, deadline=deadline)
+        return next(iter(_holders(answer)), None)
 
     def list_locks(self, prefix: str, deadline: float) -> tuple[list[tuple[str, Holder]], bool]:
         """The first keys with this prefix, and whether there are more; one linearizable read."""
-        first = (KEY_PREFIX + prefix).encode()
-        end = first[:-1] + bytes([first[-1] + 1])  # never over 0xff, which UTF-8 does not have
-        read = {"key": _base64(first), "range_end": _base64(end), "limit": MAX_LOCKS_LISTED}
-        answer = self._post(self._url("/kv/range"), json=read, deadline=deadline)
-        keys = [base64.b64decode(kv["key"]).decode("utf-8", "replace") for kv in answer.get("kvs", ())]
-        holders = map(_holder, answer.get("kvs", ()))
-        named = zip((key.removeprefix(KEY_PREFIX) for key in keys), holders, strict=True)
-        return list(named), bool(answer.get("more"))
+        *most, last = (KEY_PREFIX + prefix).encode()
+        end = base64.b64encode(bytes([*most, last + 1])).decode()  # never over 0xff, which UTF-8 does not have
+        read = {"key": _base64(KEY_PREFIX + prefix), "range_end": end, "limit": MAX_LOCKS_LISTED}
+        answer = self._post("/kv/range")(json=read, deadline=deadline)
+        keys = [base64.b64decode(kv["key"])[len(KEY_PREFIX) :].decode(errors="replace") for kv in answer.get("kvs", ())]
+        return list(zip(keys, _holders(answer), strict=True)), bool(answer.get("more"))
 
     def grant(self, wanted: LockRequest, deadline: float) -> int:
         """Makes the lease and returns the ttl that was granted; 0 where it exists already."""
         self.check_clusters(deadline)
         lease = {"ID": wanted.lease, "TTL": wanted.ttl}
         try:
-            return int(self._post(self._url("/lease/grant"), json=lease, deadline=deadline)["TTL"])
+            return int(self._post("/lease/grant")(json=lease, deadline=deadline)["TTL"])
         except Refused as fault:
             if "lease already exists" not in str(fault):
                 raise
@@ -1527,11 +1525,11 @@ class Gateway:
         Who holds a key that was not put is read afterwards: as a branch of the transaction it cost every acquire 8 %.
         """
         distinct = {claim.key: claim for claim in reversed(claims)}
-        answer = self._transact("txn", [_claim_txn(claim) for claim in distinct.values()], deadline)
+        answer, answers = self._transact("txn", list(map(_claim_txn, distinct.values())), deadline)
         token = int(answer["header"]["revision"])
         outcomes: dict[str, Holder | StorageError] = {
             claim.key: Holder(claim.lease, token)
-            for claim, response in zip(distinct.values(), answer["responses"], strict=True)
+            for claim, response in zip(distinct.values(), answers, strict=True)
             if response.get("succeeded")
         }
         if lost := [key for key in distinct if key not in outcomes]:
@@ -1550,74 +1548,62 @@ class Gateway:
 
     def keep_alive(self, leases: list[int], deadline: float) -> list[int | StorageError]:
         """The renewed ttl of each lease, 0 where it is gone. Answers are matched by ID, since some may be missing."""
-        url, lines = self._url("/lease/keepalive"), [{"ID": lease} for lease in dict.fromkeys(leases)]
-        ttls = _ttls(self._post(url, json=lines, deadline=deadline, doubtful=lambda said: 0 in _ttls(said).values()))
+        post, lines = self._post("/lease/keepalive"), [{"ID": lease} for lease in dict.fromkeys(leases)]
+        ttls = _ttls(post(json=lines, deadline=deadline, doubtful=lambda said: 0 in _ttls(said).values()))
         cut_short = StorageError("etcd cut its answer short")
         return [ttls.get(lease, cut_short) for lease in leases]
 
     def time_to_live(self, lease: int, deadline: float) -> tuple[int, int, list[bytes]] | None:
         """Of a live lease: seconds left, seconds granted, and the keys attached to it, with our prefix or another."""
-        url, wanted = self._url("/lease/timetolive"), {"ID": lease, "keys": True}
-        answer = self._post(url, json=wanted, deadline=deadline, doubtful=lambda said: int(said.get("TTL", 0)) < 0)
+        post, wanted = self._post("/lease/timetolive"), {"ID": lease, "keys": True}
+        answer = post(json=wanted, deadline=deadline, doubtful=lambda said: int(said.get("TTL", 0)) < 0)
         left, granted = int(answer.get("TTL", 0)), int(answer.get("grantedTTL", 0))
         return (left, granted, list(map(base64.b64decode, answer.get("keys", ())))) if left >= 0 else None
 
     def revoke(self, lease: int, deadline: float) -> None:
         """Ends the lease; one that is gone already is as good. A claim with it that is still under way will fail."""
         try:
-            self._post(self._url("/lease/revoke"), json={"ID": lease}, deadline=deadline)
+            self._post("/lease/revoke")(json={"ID": lease}, deadline=deadline)
         except Refused as fault:
             if fault.code != GRPC_NOT_FOUND:
                 raise
 
-    def _transact(self, kind: str, operations: list[dict[str, Any]], deadline: float) -> dict[str, Any]:
-        """The operations, ranges or txns, in one transaction; `responses` are theirs. A txn alone goes as it is."""
-        alone = kind == "txn" and len(operations) == 1
-        txn = operations[0] if alone else {"success": [{f"request_{kind}": operation} for operation in operations]}
-        answer: dict[str, Any] = self._post(self._url("/kv/txn"), json=txn, deadline=deadline)
-        responses = [answer] if alone else [response[f"response_{kind}"] for response in answer["responses"]]
-        return {"header": answer["header"], "responses": responses}
+    def _transact(self, kind: str, operations: list[Any], deadline: float) -> tuple[dict[str, Any], list[Any]]:
+        """The answer to one transaction of these operations, ranges or txns, and in it the answer to each."""
+        if len(operations) == 1:  # 20 µs less than a transaction of one
+            answer = self._post(f"/kv/{kind}")(json=operations[0], deadline=deadline)
+            return answer, [answer]
+        txn = {"success": [{f"request_{kind}": operation} for operation in operations]}
+        answer = self._post("/kv/txn")(json=txn, deadline=deadline)
+        return answer, [response[f"response_{kind}"] for response in answer["responses"]]
 
 
-def _base64(data: bytes) -> str:
-    return base64.b64encode(data).decode()
-
-
-def _key64(key: str) -> str:
-    return _base64((KEY_PREFIX + key).encode())
+def _base64(text: str) -> str:
+    return base64.b64encode(text.encode()).decode()
 
 
 def _claim_txn(claim: LockRequest) -> dict[str, Any]:
     """If the key does not exist (create_revision 0), put it with the lease."""
-    key, value = _key64(claim.key), _base64(claim.value.encode())
+    key, value = _base64(KEY_PREFIX + claim.key), _base64(claim.value)
     return {
         "compare": [{"key": key, "target": "CREATE", "create_revision": 0}],
         "success": [{"request_put": {"key": key, "value": value, "lease": claim.lease}}],
     }
 
 
-def _first_holder(answer: dict[str, Any]) -> Holder | None:
-    """The holder in a RangeResponse for one key."""
-    return _holder(answer["kvs"][0]) if answer.get("kvs") else None
-
-
-def _holder(kv: dict[str, Any]) -> Holder:
-    value = base64.b64decode(kv.get("value", "")).decode("utf-8", "replace")
-    return Holder(int(kv.get("lease", 0)), int(kv["create_revision"]), value)
+def _holders(answer: dict[str, Any]) -> list[Holder]:
+    """The holders in a RangeResponse."""
+    found = []
+    for kv in answer.get("kvs", ()):
+        value = base64.b64decode(kv.get("value", "")).decode("utf-8", "replace")
+        found.append(Holder(int(kv.get("lease", 0)), int(kv["create_revision"]), value))
+    return found
 
 
 def _ttls(answers: list[dict[str, Any]]) -> dict[int, int]:
     """The ttl of each lease in the answers to a keepalive; 0: not found."""
     results = [answer["result"] for answer in answers if "result" in answer]
     return {int(result.get("ID", 0)): max(0, int(result.get("TTL", 0))) for result in results}
-
-
-GRPC_NOT_FOUND = 5
-GRPC_UNAVAILABLE = 14
-GRPC_UNAUTHENTICATED = 16
-# Codes that mean that nothing was applied, whichever member says it: invalid argument, not found, already exists,
-# permission denied, resource exhausted, failed precondition, out of range, unimplemented, unauthenticated.
-GRPC_REFUSALS = frozenset({3, 5, 6, 7, 8, 9, 11, 12, 16})
 
 
 def classify(status: int, text: str) -> StorageError:
@@ -1632,20 +1618,16 @@ def classify(status: int, text: str) -> StorageError:
         code = int(detail.get("grpc_code", detail.get("code")))
         message = str(detail.get("message") or detail.get("error"))
     except (ValueError, TypeError, AttributeError):
-        return _classify_plain(status, f"HTTP {status}: {quote(' '.join(text.split()))}")
+        hint = "; is the gateway on (--enable-grpc-gateway), and is this etcd?" if status == 404 else ""
+        if "CommonName" in text:
+            hint = "; with etcd's auth enabled, the client certificate must have no CommonName"
+        kind = StorageError if 400 <= status < 500 else OutcomeUnknown
+        return kind(f"HTTP {status}: {quote(' '.join(text.split()))}{hint}")
     if code in GRPC_REFUSALS:
         return Refused(message, code)
     if code == GRPC_UNAVAILABLE and "no leader" in message:
         return StorageError(message)  # thanks to our header hasleader, before anything was done
     return OutcomeUnknown(message)  # timed out, leader changed, not a primary lessor, and anything else
-
-
-def _classify_plain(status: int, said: str) -> StorageError:
-    if "CommonName" in said:
-        return StorageError(f"{said}: with etcd's auth enabled, the client certificate must have no CommonName")
-    if status == 404:
-        return StorageError(f"{said}: is the gateway on (--enable-grpc-gateway), and is this etcd?")
-    return StorageError(said) if 400 <= status < 500 else OutcomeUnknown(said)
 
 
 # == Members: which one to ask, over which connection ================================================================
@@ -1654,7 +1636,7 @@ PAUSE_SECONDS = 0.1  # between two tries of one member that failed
 WATCH_SECONDS = 1.0  # between two looks at a member, and between two log-ins that are refused
 MAX_IDLE = 256  # connections kept open to one member
 MAX_ANSWER_BYTES = 16 << 20  # most are below 1 MiB, but a lease of another tenant may have many keys
-READ = ("POST /v3/kv/range", {"key": _key64("")})  # linearizable, within our prefix, and nobody's key
+READ = ("POST /v3/kv/range", {"key": _base64(KEY_PREFIX)})  # linearizable, within our prefix, and nobody's key
 
 
 class Member:
@@ -1664,57 +1646,67 @@ class Member:
         self.endpoint, self.name = endpoint, name
         self.host = host  # an IP address; empty while the endpoint's name has none
         self.idle: list[Wire] = []  # append and pop are atomic; the most recently used is taken first
-        self.cluster = ""  # the ID of its cluster; empty: it never answered
+        self.cluster = self.release = ""  # the ID of its cluster, and its version; empty: it never told
         self.fault: str | None = None  # None: it is well
-        self.failed_at = -math.inf
-        self.errors = 0
+        self.failed_at, self.errors = -math.inf, 0
         # Without a leader a member says so at once, and certainly has not applied the call (etcd-io/etcd 10819).
         self.headers = f"Host: {endpoint}\r\nContent-Type: application/json\r\nGrpc-Metadata-hasleader: true\r\n"
 
-    def __str__(self) -> str:
-        return self.name
+    def hang_up(self) -> None:
+        while self.idle:
+            with contextlib.suppress(IndexError):  # another thread took the last
+                self.idle.pop().sock.close()
+
+    def broken(self, wire: Wire, kept: bool, fault: Exception) -> StorageError:
+        """What it means that this connection broke while the member was asked."""
+        wire.sock.close()
+        if kept and not wire.buffer and isinstance(fault, ConnectionError | EOFError | ssl.SSLError):
+            self.hang_up()  # etcd closed them while nobody asked: they are of the same age
+            return OutcomeUnknown(reason(fault), sick=False)
+        if not kept and isinstance(fault, ssl.SSLError):  # TLS 1.3 refuses a client after the handshake
+            hung_up = isinstance(fault, ssl.SSLEOFError)  # before we read why
+            return StorageError("TLS: it hung up; does it accept our certificate?" if hung_up else reason(fault))
+        hint = "; is it https?" if not kept and not self.endpoint.tls and isinstance(fault, EOFError) else ""
+        return OutcomeUnknown(reason(fault) + hint)
 
 
 class Members:
     """The session under etcd3gw: kept connections to all members of etcd, and one that is well for each call.
 
-    The first member serves until it fails; then it becomes the last. Each address of an endpoint's name is a member. A
-    thread an endpoint looks after its members, off the way of any request. (requests, etcd3gw's own session, costs
-    0.7 ms of CPU a call instead of 0.08, and knows one endpoint.)
+    The first member serves until it fails; then it becomes the last. Each address of an endpoint's name is a member;
+    one thread an endpoint looks after them. (requests, etcd3gw's own session, costs 0.7 ms of CPU a call instead of
+    0.08, and knows one endpoint.)
     """
 
     def __init__(self, config: Config, metrics: Metrics) -> None:
         """Raises ConfigError."""
         self._timeout = config.etcd_timeout
-        self._endpoints = [one._replace(tls=config.etcd_tls or bool(one.tls)) for one in config.etcd_addr_list]
+        endpoints = {one._replace(tls=config.etcd_tls or bool(one.tls)) for one in config.etcd_addr_list}
         files = ("ca_cert_path", "client_cert_path", "client_key_path") if config.etcd_tls else ()
-        needs_tls = any(one.tls for one in self._endpoints)
-        self._tls = tls_context(config, ssl.Purpose.SERVER_AUTH, *files) if needs_tls else None
+        self._tls = tls_context(config, ssl.Purpose.SERVER_AUTH, *files) if any(one.tls for one in endpoints) else None
         self._login = Login(config.etcd_username, config.etcd_password)
         self._mutex = threading.Lock()  # owns the order of members and the fields about their health
         self._members: list[Member] = []
         self._cluster = ""  # the ID of the cluster that is used
-        self._unseen = set(self._endpoints)  # whose members have not been looked at yet
+        self._unseen = endpoints.copy()  # whose members have not been looked at yet
         self._first_looks_end = time.monotonic() + self._timeout / 2
         metrics.sources.append(self._samples)
-        for endpoint in self._endpoints:
+        for endpoint in endpoints:
             threading.Thread(target=self._watch, args=(endpoint,), name=f"watch-{endpoint}", daemon=True).start()
 
     def post(
-        self, url: str, *, json: Any, deadline: float, timeout: object = None,
-        doubtful: Callable[[Any], bool] = lambda answer: False,
-    ) -> types.SimpleNamespace:  # fmt: skip
-        """One try on one member; a list is sent as JSON lines. The host in `url` and `timeout` are etcd3gw's, and
-        unused. Raises StorageError, Refused or OutcomeUnknown.
+        self, url: str, *, json: Any, deadline: float, doubtful: Callable[[Any], bool] | None = None, **_: object
+    ) -> types.SimpleNamespace:
+        """One try on one member; a list is sent as JSON lines, and only the path in `url` counts. Raises StorageError.
 
-        An answer that is `doubtful` is only believed after a linearizable read on the same member: one that was frozen
-        says for some milliseconds that leases are gone which are alive.
+        A `doubtful` answer is only believed after a linearizable read on the same member: one that was frozen says for
+        some milliseconds that leases are gone which are alive.
         """
         member, request = self._pick(deadline), f"POST /{url.split('/', 3)[3]}"
         if member.cluster != self._cluster:  # look at a stranger before the first write to it
             self._call(member, *READ, deadline)
         answer = self._call(member, request, json, deadline)
-        if doubtful(answer):
+        if doubtful and doubtful(answer):
             self._call(member, *READ, deadline)
             answer = self._call(member, request, json, deadline)
         return types.SimpleNamespace(status_code=200, json=lambda: answer)  # all that etcd3gw looks at
@@ -1724,7 +1716,7 @@ class Members:
         begin with members of two would lend one lock twice. Raises StorageError."""
         while self._unseen and time.monotonic() < min(deadline, self._first_looks_end):
             time.sleep(0.01)
-        known = {member.cluster: str(member) for member in self._members if member.cluster}
+        known = {member.cluster: member.name for member in self._members if member.cluster}
         if len(known) > 1:
             raise StorageError(f"members of two clusters are listed: {', '.join(known.values())}")
 
@@ -1735,7 +1727,7 @@ class Members:
             if first and (first.fault is None or first.failed_at + PAUSE_SECONDS <= now < deadline):
                 return first
             if now >= deadline:
-                raise StorageError(f"{first}: {first.fault}" if first else "no address of etcd is known yet")
+                raise StorageError(f"{first.name}: {first.fault}" if first else "no address of etcd is known yet")
             time.sleep(min(PAUSE_SECONDS / 4, deadline - now))
 
     def _call(self, member: Member, request: str, payload: Any, deadline: float) -> Any:
@@ -1746,13 +1738,12 @@ class Members:
             answer = self._exchange(member, request, payload, until)
             self._note_answer(member, answer)
         except StorageError as fault:
-            if self._login.is_asked_for(fault):
-                log_in = functools.partial(self._exchange, member, "POST /v3/auth/authenticate", deadline=until)
-                fault = self._login.renew(login, log_in)
+            log_in = functools.partial(self._exchange, member, "POST /v3/auth/authenticate", deadline=until)
+            fault = self._login.cure(fault, login, log_in)
             # If the caller's deadline cut the try short, that says nothing about the member.
-            elif fault.sick and (share_ends <= deadline or time.monotonic() < deadline):
+            if fault.sick and (share_ends <= deadline or time.monotonic() < deadline):
                 self._mark_sick(member, str(fault))
-            fault.args = (f"{member}: {fault}",)
+            fault.args = (f"{member.name}: {fault}",)
             raise fault
         return answer
 
@@ -1771,8 +1762,7 @@ class Members:
             status, headers = parse_answer_head(wire.head(deadline))
             text = wire.body(body_length(headers, MAX_ANSWER_BYTES), MAX_ANSWER_BYTES, deadline).decode()
         except (OSError, EOFError, BadRequest, ValueError) as fault:
-            wire.sock.close()
-            raise _broken(member, wire, kept, fault) from fault
+            raise member.broken(wire, kept, fault) from fault
         if status == 200 and not wire.buffer and "connection" not in headers and len(member.idle) < MAX_IDLE:
             member.idle.append(wire)
         else:  # not to be trusted after an error, or with something unread
@@ -1788,8 +1778,7 @@ class Members:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if self._tls and member.endpoint.tls:
                 sock = self._tls.get().wrap_socket(sock, server_hostname=member.endpoint.host)
-            else:
-                sock.settimeout(None)
+            sock.settimeout(None)
             return Wire(sock)
         except (OSError, ValueError) as fault:
             ours = getattr(fault, "errno", None) in OWN_SHORTAGES
@@ -1806,76 +1795,68 @@ class Members:
             member.cluster = cluster
             if self._cluster not in {one.cluster for one in self._members if one.cluster}:
                 self._cluster = cluster  # it is the first that answers, or the whole list has moved
-            before, member.fault = member.fault, member.fault if cluster != self._cluster else None
-        if cluster != self._cluster:
-            raise OutcomeUnknown("it is of another cluster than the members before it")
+            if cluster != self._cluster:
+                raise OutcomeUnknown("it is of another cluster than the members before it")
+            before, member.fault = member.fault, None
         if before is not None:
-            event(INFO, "etcd member is well again", member=member)
+            event(INFO, "etcd member is well again", member=member.name)
 
     def _mark_sick(self, member: Member, fault: str) -> None:
-        _close_all(member.idle)
+        member.hang_up()
         with self._mutex:
             member.errors += 1
             before, member.fault, member.failed_at = member.fault, fault, time.monotonic()
-            if member in self._members:
-                self._members = [one for one in self._members if one is not member] + [member]
+            self._members = sorted(self._members, key=lambda one: one is member)  # it becomes the last
         if before is None:
-            event(WARNING, "etcd member failed", member=member, reason=fault)
+            event(WARNING, "etcd member failed", member=member.name, reason=fault)
 
     def _samples(self) -> dict[str, float]:
         found: dict[str, float] = {}
         for member in self._members:
-            found[sample("shared_lock_etcd_member_up", member=member)] = int(
-                member.fault is None and member.cluster > ""
-            )
-            found[sample("shared_lock_etcd_errors_total", member=member)] = member.errors
+            is_up = member.fault is None and member.cluster != ""
+            found[sample("shared_lock_etcd_member_up", member=member.name)] = int(is_up)
+            found[sample("shared_lock_etcd_errors_total", member=member.name)] = member.errors
         return found
 
     def _watch(self, endpoint: Address) -> None:
         """Looks the name up while one of its members is sick, and asks each member."""
-        checked: set[Member] = set()
+        mine: list[Member] = []
         while True:
-            mine = [member for member in self._members if member.endpoint == endpoint]
             if not mine or any(member.fault for member in mine):
                 mine = self._look_up(endpoint)
             for member in mine:
                 with contextlib.suppress(StorageError):  # noted at the member
                     self._call(member, *READ, math.inf)  # for as long as a try may take
-                    if member not in checked:
-                        checked.add(member)
+                    if not member.release:
                         self._check_release(member)
             self._unseen.discard(endpoint)
             time.sleep(WATCH_SECONDS)
 
     def _look_up(self, endpoint: Address) -> list[Member]:
         """The members at the addresses that the endpoint's name has now, IPv4 if any. One that is well stays."""
-        mine = {member.host: member for member in self._members if member.endpoint == endpoint}
+        mine = {member.host for member in self._members if member.endpoint == endpoint}
         try:
-            infos = socket.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM)
-            families = {str(info[4][0]): info[0] for info in infos}
-            hosts = [host for host, family in families.items() if family == socket.AF_INET] or list(families)
+            found = socket.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM)
+            addresses = {str(info[4][0]) for info in found}
+            hosts = {host for host in addresses if ":" not in host} or addresses
         except (OSError, UnicodeError):
-            hosts = list(mine) or [""]
-        gone = [member for host, member in mine.items() if host not in hosts and member.fault]
+            hosts = mine or {""}
         with self._mutex:
-            members = [member for member in self._members if member not in gone]
-            for host in hosts:
-                if host not in mine:  # anywhere: replicas that start together do not all begin with the same
-                    address = endpoint if len(hosts) == 1 else endpoint._replace(host=host)
-                    member = Member(endpoint, host, f"{'https' if endpoint.tls else 'http'}://{address}")
-                    members.insert(random.randint(0, len(members)), member)
+            members = [one for one in self._members if one.endpoint != endpoint or one.host in hosts or not one.fault]
+            for host in hosts - mine:  # anywhere: replicas that start together do not all begin with the same
+                address = endpoint if len(hosts) == 1 else endpoint._replace(host=host)
+                member = Member(endpoint, host, f"{'https' if endpoint.tls else 'http'}://{address}")
+                members.insert(random.randint(0, len(members)), member)
             self._members = members
         return [member for member in members if member.endpoint == endpoint]
 
     def _check_release(self, member: Member) -> None:
         """Warns of releases that may end or renew leases wrongly after a leader was frozen."""
-        release = str(self._exchange(member, "GET /version", {}, deadline_after(self._timeout)).get("etcdserver"))
-        numbers = tuple(map(int, re.findall("[0-9]+", release)[:3]))
+        answer = self._exchange(member, "GET /version", {}, deadline_after(self._timeout))
+        member.release = release = str(answer.get("etcdserver"))
+        numbers, better = tuple(map(int, re.findall("[0-9]+", release)[:3])), "3.5.23, 3.6.5 or newer"
         if numbers < (3, 5, 23) or (3, 6) <= numbers < (3, 6, 5):
-            event(WARNING, "etcd release with defects in leases", member=member, release=release, better=SOUND_RELEASES)
-
-
-SOUND_RELEASES = "3.5.23, 3.6.5 or newer"
+            event(WARNING, "etcd release with defects in leases", member=member.name, release=release, better=better)
 
 
 class Login:
@@ -1888,49 +1869,31 @@ class Login:
         self._again_at = -math.inf
         self.header = ""  # empty before the first log-in
 
-    def is_asked_for(self, fault: StorageError) -> bool:
-        said, code = str(fault), getattr(fault, "code", 0)
-        asked = code == GRPC_UNAUTHENTICATED or "user name is empty" in said or "auth store is old" in said
-        return asked and self._credentials["name"] != ""
-
-    def renew(self, used: str, log_in: Callable[[Any], Any]) -> StorageError:
-        """Logs in, unless another caller did since `used`. Returns what to raise: an error to try again after, or the
-        Refused of the log-in, which is remembered for WATCH_SECONDS."""
+    def cure(self, fault: StorageError, used: str, log_in: Callable[[Any], Any]) -> StorageError:
+        """Logs in if `fault` asks for it, unless another caller did since `used`. Returns what to raise: an error to
+        try again after, or the Refused of the log-in, which is remembered for WATCH_SECONDS."""
+        asked = re.search("user name is empty|auth store is old", str(fault))
+        if not self._credentials["name"] or not (asked or getattr(fault, "code", 0) == GRPC_UNAUTHENTICATED):
+            return fault
         with self._mutex:
             if self.header == used and time.monotonic() > self._again_at:
                 before, self._refusal = self._refusal, None
                 try:
                     self.header = f"Authorization: {log_in(self._credentials)['token']}\r\n"
-                except Refused as fault:
-                    self._refusal, self._again_at = fault, time.monotonic() + WATCH_SECONDS
+                except Refused as refusal:
+                    self._refusal, self._again_at = refusal, time.monotonic() + WATCH_SECONDS
                     if before is None:
-                        event(WARNING, "etcd log-in refused", reason=fault)
+                        event(WARNING, "etcd log-in refused", reason=refusal)
+                except StorageError as failure:  # what asked for the log-in was not applied
+                    return StorageError(str(failure), failure.sick)
             return copy.copy(self._refusal) if self._refusal else StorageError("logged in again", sick=False)
-
-
-def _broken(member: Member, wire: Wire, kept: bool, fault: Exception) -> StorageError:
-    """What it means that a connection broke while a member was asked."""
-    if kept and not wire.buffer and isinstance(fault, (ConnectionError, EOFError, ssl.SSLError)):
-        _close_all(member.idle)  # etcd closed them while nobody asked: they are of the same age
-        return OutcomeUnknown(reason(fault), sick=False)
-    if not kept and isinstance(fault, ssl.SSLError):
-        return StorageError(reason(fault))  # TLS 1.3 refuses a client after the handshake
-    hint = "; is it https?" if not kept and not member.endpoint.tls and isinstance(fault, EOFError) else ""
-    return OutcomeUnknown(reason(fault) + hint)
-
-
-def _close_all(wires: list[Wire]) -> None:
-    while wires:
-        with contextlib.suppress(IndexError):  # another thread took the last
-            wires.pop().sock.close()
 
 
 @functools.lru_cache(maxsize=256)  # the answers of one second are alike
 def parse_answer_head(data: bytes) -> tuple[int, Mapping[str, str]]:
     """Status and headers. Raises BadRequest."""
     line, *header_lines = data.decode("latin-1").split("\r\n")
-    match = re.match(r"HTTP/1\.[01] ([0-9]{3})", line)
-    if not match:
+    if not (match := re.match(r"HTTP/1\.[01] ([0-9]{3})", line)):
         raise BadRequest(f"not HTTP: {quote(line)}")
     return int(match[1]), parse_headers(header_lines)
 
@@ -1939,8 +1902,7 @@ def parse_answer_head(data: bytes) -> tuple[int, Mapping[str, str]]:
 # first is safe: 512 bytes, but 2,048 after 1,536 blanks, for which Go's json.Decoder doubles its buffer.
 # Measured under load: 32 lines without the blanks, 832 of 19,200 answers missing, 18 lines, none of 86,400; with them
 # 64 and 76 lines, none in 600 calls each. A lone line is answered 6 % sooner without.
-_SAFE_BYTES = 512
-_BLANKS = " " * 1536
+_SAFE_BYTES, _BLANKS = 512, " " * 1536
 _to_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
@@ -1953,17 +1915,13 @@ def _to_lines(payload: Any) -> str:
 
 def parse_answer(status: int, text: str, payload: object = None) -> Any:
     """The answer to this payload: of a list, a list. Raises StorageError."""
+    many = isinstance(payload, list)
+    lines = text.strip().replace("\n", ",") if many else text
     with contextlib.suppress(ValueError):
-        if status == 200 and isinstance(payload, list):
-            answers = json.loads("[" + text.strip().replace("\n", ",") + "]")
-            if any(isinstance(answer, dict) and "result" in answer for answer in answers):
-                return answers
-        elif status == 200:
-            answer = json.loads(text)
-            if isinstance(answer, dict) and (
-                "header" in answer or "etcdserver" in answer
-            ):  # etcd never leaves out both
-                return answer
+        answers = json.loads(f"[{lines}]") if status == 200 else []
+        for one in answers:  # etcd leaves out neither of these, and a line of many may be an error
+            if isinstance(one, dict) and ("header" in one or "result" in one or "etcdserver" in one):
+                return answers if many else one
     raise classify(status, text.partition("\n")[0] if status == 200 else text)
 
 
@@ -1977,8 +1935,7 @@ def open_storage(config: Config, metrics: Metrics) -> Storage:
         try:
             storage = EtcdStorage(Gateway(Members(config, metrics)), config.etcd_timeout)
         except ImportError as fault:
-            needs = f"etcd needs the package etcd3gw (pip install etcd3gw): {fault}"
-            raise ConfigError(f"{variable('storage_type')}: {needs}") from fault
+            raise ConfigError(f"{variable('storage_type')}: etcd needs `pip install etcd3gw`: {fault}") from fault
     return Cache(storage, config.cache_size, metrics) if config.cache_enabled else storage
 
 
@@ -1987,13 +1944,11 @@ def open_storage(config: Config, metrics: Metrics) -> Storage:
 LEASES = "shared_lock_lease_operations_total"
 CACHE = "shared_lock_cache_operations_total"
 GRANTS = "shared_lock_lease_grant_duration_seconds"
-GRANT_BOUNDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, math.inf]  # seconds
-KNOWN_RESULTS = [
-    (LEASES, "get", "created accepted error"), (LEASES, "prolong", "success failure error"),
-    (LEASES, "release", "success failure error"), (CACHE, "get", "hit miss expired"), (CACHE, "set", "success update"),
-    (CACHE, "evict", "size_limit"),
-]  # fmt: skip
 REQUESTS = "shared_lock_http_requests_total"
+KNOWN_RESULTS = {  # operation and statuses; shown from the start
+    LEASES: ("get created accepted error", "prolong success failure error", "release success failure error"),
+    CACHE: ("get hit miss expired", "set success update", "evict size_limit"),
+}
 FAMILIES = {
     LEASES: ("counter", "Operations on locks."),
     GRANTS: ("histogram", "Time to answer a POST /lease with 201 or 202, not counting the wait in line."),
@@ -2010,6 +1965,7 @@ FAMILIES = {
     "process_open_fds": ("gauge", "Open file descriptors."),
     "process_max_fds": ("gauge", "How many file descriptors may be open."),
 }
+_STARTED_SECONDS = time.time()
 
 
 def sample(name: str, **labels: object) -> str:
@@ -2017,8 +1973,9 @@ def sample(name: str, **labels: object) -> str:
     return name + "{" + ",".join([f'{label}="{value}"' for label, value in labels.items()]) + "}"
 
 
-def _bucket(bound: float) -> str:
-    return sample(f"{GRANTS}_bucket", operation="get", le="+Inf" if bound == math.inf else bound)
+GRANT_BOUNDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8]  # seconds; over them +Inf
+_BUCKETS = [sample(f"{GRANTS}_bucket", operation="get", le=bound) for bound in [*GRANT_BOUNDS, "+Inf"]]
+_SUM, _COUNT = sample(f"{GRANTS}_sum", operation="get"), sample(f"{GRANTS}_count", operation="get")
 
 
 class Metrics:
@@ -2027,14 +1984,10 @@ class Metrics:
 
     def __init__(self) -> None:
         self._mutex = threading.Lock()  # owns the numbers
-        names = [
-            sample(name, operation=operation, status=status)
-            for name, operation, statuses in KNOWN_RESULTS
-            for status in statuses.split()
-        ]
-        names += map(_bucket, GRANT_BOUNDS)
-        self._numbers: dict[str, float] = dict.fromkeys(names, 0)  # of the histogram, each bucket by itself
-        self._grant_seconds = 0.0
+        self._numbers: dict[str, float] = dict.fromkeys([*_BUCKETS, _SUM], 0)  # each bucket by itself
+        for name, results in KNOWN_RESULTS.items():
+            for operation, *statuses in map(str.split, results):
+                self._numbers |= {sample(name, operation=operation, status=status): 0 for status in statuses}
         self.sources: list[Callable[[], Mapping[str, float]]] = [_process_samples]
 
     def count(self, name: str, **labels: object) -> None:
@@ -2044,29 +1997,23 @@ class Metrics:
 
     def observe_grant(self, took: float) -> None:
         """A POST /lease was answered after so many seconds."""
-        bucket = _bucket(GRANT_BOUNDS[bisect.bisect_left(GRANT_BOUNDS, took)])
         with self._mutex:
-            self._numbers[bucket] += 1
-            self._grant_seconds += took
+            self._numbers[_BUCKETS[bisect.bisect_left(GRANT_BOUNDS, took)]] += 1
+            self._numbers[_SUM] += took
 
     def render(self) -> str:
         """All families, as one page."""
         with self._mutex:
-            numbers, grant_seconds = dict(self._numbers), self._grant_seconds
-        buckets = list(map(_bucket, GRANT_BOUNDS))
-        numbers |= zip(buckets, itertools.accumulate([numbers[bucket] for bucket in buckets]), strict=True)
-        numbers[sample(f"{GRANTS}_sum", operation="get")] = grant_seconds
-        numbers[sample(f"{GRANTS}_count", operation="get")] = numbers[buckets[-1]]
+            numbers = self._numbers.copy()
+        numbers |= zip(_BUCKETS, itertools.accumulate([numbers[bucket] for bucket in _BUCKETS]), strict=True)
+        numbers[_COUNT] = numbers[_BUCKETS[-1]]
         for source in self.sources:
             numbers |= source()
-        lines = []
+        page = ""
         for family, (kind, meaning) in FAMILIES.items():
-            samples = [f"{name} {value}" for name, value in numbers.items() if name.startswith(family)]
-            lines += [f"# HELP {family} {meaning}", f"# TYPE {family} {kind}", *samples] if samples else []
-        return "\n".join(lines) + "\n"
-
-
-_STARTED_SECONDS = time.time()
+            if samples := [f"{name} {value}\n" for name, value in numbers.items() if name.startswith(family)]:
+                page += f"# HELP {family} {meaning}\n# TYPE {family} {kind}\n" + "".join(samples)
+        return page
 
 
 def _process_samples() -> dict[str, float]:
@@ -2087,125 +2034,103 @@ def _process_samples() -> dict[str, float]:
 
 # == Profiles: what `go tool pprof` opens ============================================================================
 #
-# Only for SHARED_LOCK_PPROF_ENABLED, and at no cost before one is asked for. Stacks are tuples of (function, file,
-# line), innermost first.
+# Only for SHARED_LOCK_PPROF_ENABLED, and at no cost before one is asked for.
 
-Stack = tuple[tuple[str, str, int], ...]
-_SAMPLES_PER_SECOND = 100
-_HEAP_FRAMES = 12  # of each allocation that tracemalloc remembers
+Stack = tuple[tuple[str, str, int], ...]  # function, file, line; innermost first
 _one_at_a_time = threading.Lock()
 
 
-def timed(default: str, profile: Callable[[int], Response]) -> Callable[[Request], Response]:
-    """A page that takes `?seconds=N`. A second one meanwhile is 503."""
-
-    def page(request: Request) -> Response:
-        try:
-            duration = between(1, 300, whole)(_query(request).get("seconds", default))
-        except ValueError as fault:
-            raise BadRequest(f"seconds: {fault}") from fault
-        if not _one_at_a_time.acquire(blocking=False):
-            raise BadRequest("a profile is being made already: one at a time", 503)
-        try:
-            return profile(duration)
-        finally:
-            _one_at_a_time.release()
-
-    return page
+def timed(profile: Callable[[int], Response], default: str, request: Request) -> Response:
+    """The profile of `?seconds=N`. A second one meanwhile is 503."""
+    try:
+        seconds = between(1, 300, whole)(_query(request).get("seconds", default))
+    except ValueError as fault:
+        raise BadRequest(f"seconds: {fault}") from fault
+    if not _one_at_a_time.acquire(blocking=False):
+        raise BadRequest("a profile is being made already: one at a time", 503)
+    try:
+        return profile(seconds)
+    finally:
+        _one_at_a_time.release()
 
 
-def cpu_profile(duration: int) -> Response:
-    """CPU time by stack, over so many seconds. A sample of a thread's stack weighs what the thread used since the last.
+def cpu_profile(seconds: int) -> Response:
+    """CPU time by stack. A sample of a thread's stack weighs what the thread used since the last.
 
     The sampler needs the interpreter, too, so it sees each thread where it lets go of that, mostly in a system call:
     the sums by caller (pprof's cum) are right, the innermost function (flat) is not.
     """
     samples: collections.Counter[Stack] = collections.Counter()
-    before = _cpu_nanos()
-    ends = time.monotonic() + duration
+    before, ends = _cpu_nanos(), time.monotonic() + seconds
     while time.monotonic() < ends:
-        time.sleep(1 / _SAMPLES_PER_SECOND)
+        time.sleep(0.01)
         used, frames = _cpu_nanos(), sys._current_frames()
         for thread, nanos in used.items():
             if (since := nanos - before.get(thread, 0)) > 0 and thread.ident in frames:
                 samples[_stack(frames[thread.ident])] += since
         before = used
-    return _pprof("cpu", "nanoseconds", samples, duration)
+    return _pprof("cpu", "nanoseconds", samples, seconds)
 
 
 def _cpu_nanos() -> dict[threading.Thread, int]:
     used = {}
     for thread in threading.enumerate():
         with contextlib.suppress(OSError):  # it has just ended
-            # Linux' clock of a thread, from its kernel ID as glibc does it: time.pthread_getcpuclockid() may crash on
-            # a thread that has ended.
+            # As glibc makes it of the kernel's ID: time.pthread_getcpuclockid() may crash on a thread that has ended.
             used[thread] = time.clock_gettime_ns(~(thread.native_id or 0) << 3 | 6)
     return used
 
 
-def heap_profile(duration: int) -> Response:
+def heap_profile(seconds: int) -> Response:
     """Bytes that Python allocated during so many seconds and that are in use at their end, by stack."""
     import tracemalloc
 
-    tracemalloc.start(_HEAP_FRAMES)
-    time.sleep(duration)
+    tracemalloc.start(12)  # frames of each allocation
+    time.sleep(seconds)
     traces = tracemalloc.take_snapshot().traces
     tracemalloc.stop()
-    functions = [one.__code__ for one in gc.get_objects() if isinstance(one, types.FunctionType)]
-    names = {(code.co_filename, line): code.co_qualname for code in functions for _, _, line in code.co_lines()}
+    codes = [one.__code__ for one in gc.get_objects() if isinstance(one, types.FunctionType)]
+    names = {(code.co_filename, line): code.co_qualname for code in codes for _, _, line in code.co_lines()}
     samples: collections.Counter[Stack] = collections.Counter()
     for trace in traces:
         frames = [(one.filename, one.lineno) for one in reversed(trace.traceback)]
         samples[tuple((names.get(frame, frame[0]), *frame) for frame in frames)] += trace.size
-    return _pprof("inuse_space", "bytes", samples, duration)
+    return _pprof("inuse_space", "bytes", samples, seconds)
 
 
 def thread_stacks(request: Request) -> Response:
     """Every thread's stack: as text with ?debug=1 or 2, else for pprof."""
-    names = {thread.ident: thread.name for thread in threading.enumerate()}
-    stacks = [(names.get(ident, "?"), _stack(frame)) for ident, frame in sys._current_frames().items()]
+    stacks = {thread: _stack(frame) for thread, frame in sys._current_frames().items()}
     if _query(request).get("debug", "0") == "0":
-        return _pprof("threads", "count", collections.Counter(stack for _, stack in stacks))
-    text = [
-        f"{name}:\n" + "".join(f"  {function} at {file}:{line}\n" for function, file, line in stack)
-        for name, stack in stacks
-    ]
-    return Response(200, "\n".join(text).encode())
+        return _pprof("threads", "count", collections.Counter(stacks.values()))
+    names, text = {thread.ident: thread.name for thread in threading.enumerate()}, ""
+    for ident, stack in stacks.items():
+        lines = [f"  {function} at {file}:{line}\n" for function, file, line in stack]
+        text += f"{names.get(ident, '?')}:\n{''.join(lines)}\n"
+    return Response(200, text.encode())
 
 
-def _stack(frame: types.FrameType | None) -> Stack:
-    stack = []
-    while frame:
-        stack.append((frame.f_code.co_qualname, frame.f_code.co_filename, frame.f_lineno))
-        frame = frame.f_back
-    return tuple(stack)
+def _stack(frame: types.FrameType) -> Stack:
+    return tuple((one.f_code.co_qualname, one.f_code.co_filename, line) for one, line in traceback.walk_stack(frame))
 
 
-def _pprof(kind: str, unit: str, samples: Mapping[Stack, int], duration: int = 0) -> Response:
+def _pprof(kind: str, unit: str, samples: Mapping[Stack, int], seconds: int = 0) -> Response:
     """A gzipped profile.proto (github.com/google/pprof/proto/profile.proto); the numbers are its fields'."""
     import gzip
 
-    strings: dict[str, int] = {"": 0}
-    functions: dict[tuple[str, str], int] = {}
-    locations: dict[tuple[str, str, int], int] = {}
-
-    def string(text: str) -> int:
-        return strings.setdefault(text, len(strings))
-
-    def location(place: tuple[str, str, int]) -> int:
-        functions.setdefault(place[:2], len(functions) + 1)
-        return locations.setdefault(place, len(locations) + 1)
-
-    out = [_field(1, _field(1, string(kind)) + _field(2, string(unit)))]
+    strings: dict[str, int] = collections.defaultdict(itertools.count(1).__next__, {"": 0})  # each new one is numbered
+    functions: dict[tuple[str, str], int] = collections.defaultdict(itertools.count(1).__next__)
+    places: dict[tuple[str, str, int], int] = collections.defaultdict(itertools.count(1).__next__)
+    out = [_field(1, _field(1, strings[kind]) + _field(2, strings[unit]))]
     for stack, value in samples.items():
-        out.append(_field(2, b"".join(_field(1, location(place)) for place in stack) + _field(2, value)))
-    for (function, file, line), number in locations.items():
-        place = _field(1, functions[function, file]) + _field(2, line)
-        out.append(_field(4, _field(1, number) + _field(4, place)))
+        out.append(_field(2, b"".join(_field(1, places[place]) for place in stack) + _field(2, value)))
+    for (function, file, line), number in places.items():
+        code = _field(1, functions[function, file]) + _field(2, line)
+        out.append(_field(4, _field(1, number) + _field(4, code)))
     for (function, file), number in functions.items():
-        out.append(_field(5, _field(1, number) + _field(2, string(function)) + _field(4, string(file))))
+        out.append(_field(5, _field(1, number) + _field(2, strings[function]) + _field(4, strings[file])))
     out += [_field(6, text.encode()) for text in strings]
-    out += [_field(9, time.time_ns()), _field(10, duration * 10**9)]
+    out += [_field(9, time.time_ns()), _field(10, seconds * 10**9)]
     return Response(200, gzip.compress(b"".join(out)), "application/octet-stream")
 
 
@@ -2220,10 +2145,10 @@ def _varint(value: int) -> bytes:
     return bytes([value]) if value < 0x80 else bytes([value & 0x7F | 0x80]) + _varint(value >> 7)
 
 
-PROFILES = {
+PROFILES: dict[str, Callable[[Request], Response]] = {
     "": lambda request: Response(200, b"profile?seconds=30\nheap?seconds=10\ngoroutine?debug=2\n"),
-    "profile": timed("30", cpu_profile),
-    "heap": timed("10", heap_profile),
+    "profile": functools.partial(timed, cpu_profile, "30"),
+    "heap": functools.partial(timed, heap_profile, "10"),
     "goroutine": thread_stacks,
 }
 
@@ -2234,10 +2159,9 @@ PROFILES = {
 def be_quick() -> None:
     """Tells Python and Linux that many threads run here, each for a short while at a time.
 
-    Only one runs Python at any time, and handing the interpreter over to a thread on another CPU takes longer than
-    what that thread does then: on one CPU of 2, 150 connections get 25,600 refusals/s instead of 12,600, and 1.4 times
-    the keepalives. The CPU is chosen at random; the kernel moves other processes out of the way, but two
-    daemons that chose the same CPU share it.
+    Only one runs Python at a time, and to hand the interpreter over to a thread on another CPU takes longer than what
+    that thread does then: on one CPU of 2, 150 connections get 25,600 refusals/s instead of 12,600, and 1.4 times the
+    keepalives. The CPU is a random one: the kernel moves other processes away, but not another such daemon.
     """
     # Seconds. Among short bursts a forced switch only delays: without this, p99 of refusals is 56 to 84 ms, not 42.
     sys.setswitchinterval(0.02)
@@ -2293,32 +2217,25 @@ def tell_start(config: Config, server: Server) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line: `python shared_lock.py serve`."""
-    parser = argparse.ArgumentParser(
-        prog="shared_lock.py",
-        description="Lends distributed locks over HTTP and keeps them in etcd.",
-        epilog="environment:\n" + "\n".join(_help_lines()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    about, form = "Lends distributed locks over HTTP and keeps them in etcd.", argparse.RawDescriptionHelpFormatter
+    epilog = "environment:\n"
+    for one in fields(Config):
+        line = f"  {variable(one.name):<36} {one.metadata['meaning']} [{one.metadata['default']}]"
+        epilog += line.removesuffix(" []") + "\n"
+    parser = argparse.ArgumentParser("shared_lock.py", description=about, epilog=epilog, formatter_class=form)
     parser.add_argument("--version", action="version", version=f"shared-lock {VERSION}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("serve", help="serve until SIGTERM or SIGINT")
     parser.parse_args(arguments)
-    for descriptor in (0, 1, 2):  # one that is closed would become a socket, and get the log
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
+    # A closed one of the first three descriptors would become a socket, and get the log.
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
     try:
         return serve(Config.from_env(os.environ))
     except ConfigError as fault:
         print(f"shared-lock: {fault}", file=sys.stderr)
         return 2
-
-
-def _help_lines() -> Iterator[str]:
-    for one in fields(Config):
-        meaning, default = one.metadata["meaning"], one.metadata["default"]
-        yield f"  {variable(one.name):<36} {meaning}{f' [{default}]' if default else ''}"
 
 
 if __name__ == "__main__":
