@@ -363,6 +363,12 @@ def key(request: pytest.FixtureRequest) -> str:
     return f"{request.node.name}-{next(_numbers)}"
 
 
+@pytest.fixture
+def lease_id() -> int:
+    """A lease ID as a caller chooses it."""
+    return random.randrange(1, 2**63)
+
+
 # == Helpers: raw connections, callers at the same time, what metrics tell ============================================
 
 KIB64 = 65_536
@@ -453,12 +459,13 @@ def pool() -> Iterator[Pool]:
 
 
 class Proxy:
-    """Stands between the daemon and one etcd, reads whole requests and answers, and breaks those that a rule is for.
+    """Stands between the daemon and one etcd, or between callers and a daemon, reads whole requests and answers, and
+    breaks those that a rule is for.
 
     `rule` is (path, what to do, how many times), and the next of `rules` is in force once it is used up. To do:
     drop-request, drop-answer (after etcd has committed), cut (an answer in its middle), late (an answer, by
-    LATE_SECONDS), wait (an answer, until go_on is set), hold (a request, by HOLD_SECONDS), surplus (bytes after an
-    answer), 503 and no-leader (an answer of our own, etcd is not asked).
+    LATE_SECONDS), wait (an answer, until go_on is set), stop (a request, until go_on is set), hold (a request, by
+    HOLD_SECONDS), surplus (bytes after an answer), 503 and no-leader (an answer of our own, etcd is not asked).
 
     The path of a look, with which the daemon finds out whether a member is well, is LOOK; ALL is every path.
     """
@@ -473,10 +480,11 @@ class Proxy:
         "no-leader": '{"error":"etcdserver: no leader","message":"etcdserver: no leader","code":14}',
     }
 
-    def __init__(self, etcd: Etcd) -> None:
-        self._target = ("127.0.0.1", etcd.port)
+    def __init__(self, target: Etcd | Daemon) -> None:
+        self._target = ("127.0.0.1", target.port)
         self._server = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._server.getsockname()[1]}"
+        self.port = self._server.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
         self.go_on = threading.Event()
         self._mutex = threading.Lock()  # owns all below
         self._rules: list[tuple[str, str, int]] = []
@@ -521,6 +529,8 @@ class Proxy:
                     answer = f"HTTP/1.1 503 Service Unavailable\r\nContent-Length: {len(own)}\r\n\r\n{own}".encode()
                 else:
                     time.sleep(self.HOLD_SECONDS if action == "hold" else 0)
+                    if action == "stop":
+                        self.go_on.wait(30)
                     etcd.sendall(request)
                     answer = self._read(answers)
                 if not answer or action == "drop-answer":
@@ -531,7 +541,7 @@ class Proxy:
                 client.sendall({"cut": answer[:-5], "surplus": answer + b"surplus"}.get(action, answer))
                 if action == "cut":
                     break
-                spoiled = spoiled or action not in ("", "hold", "wait")
+                spoiled = spoiled or action not in ("", "hold", "stop", "wait")
             client.shutdown(socket.SHUT_RDWR)
 
     def _note(self, path: str, spoiled: bool) -> str:
@@ -592,6 +602,11 @@ def soon() -> float:
 def take(storage: Any, key: str, ttl: int = 10, value: str = "v") -> Any:
     """What a storage answers to who asks for this lock."""
     return storage.acquire(shared_lock.LockRequest(key, value, ttl))
+
+
+def acquire_as(daemon: Daemon, lease_id: int, key: str, ttl: str = "60s", **headers: str) -> Answer:
+    """Asks for a lock with a lease ID of the caller's choice."""
+    return daemon.acquire(key, ttl, **{"x-lease-id": str(lease_id), **headers})
 
 
 class Clock:
@@ -762,6 +777,20 @@ def test_two_ttls_a_ttl_out_of_range_and_a_wait_over_a_minute_are_400(daemon: Da
     one_line(long, 'x-lease-wait: not from 0s to 60s: "60.001s"')
 
 
+@pytest.mark.parametrize("limit, given", [("1m", "10s"), ("5s", "5s")])
+def test_no_ttl_is_longer_than_the_longest_that_is_allowed(start: Start, limit: str, given: str) -> None:
+    daemon, seconds = start("mock", MAX_TTL=limit), int(shared_lock.parse_duration(limit))
+
+    longest = daemon.acquire("k", limit)
+    too_long = [daemon.acquire("l", ttl) for ttl in (f"{seconds}.001s", f"{seconds + 1}", "2h")]
+    default = daemon.request("POST", "/lease", '{"key": "m"}')
+
+    assert (longest.status, longest.headers["x-lease-ttl"]) == (201, f"{seconds}s")
+    assert [answer.status for answer in too_long] == [400] * 3
+    one_line(too_long[2], f'x-lease-ttl: not from 1s to {seconds}s: "2h"')
+    assert (default.status, default.headers["x-lease-ttl"]) == (201, given)
+
+
 @pytest.mark.parametrize("name, default, text, value", [
     ("SERVER_PORT", 8080, "0", 0), ("SERVER_HOST", "", "::1", "::1"), ("SERVER_READ_TIMEOUT", 10, "1m", 60),
     ("SERVER_WRITE_TIMEOUT", 10, "0", 0), ("SERVER_IDLE_TIMEOUT", 120, "1.5", 1.5),
@@ -770,6 +799,7 @@ def test_two_ttls_a_ttl_out_of_range_and_a_wait_over_a_minute_are_400(daemon: Da
     ("CA_CERT_PATH", "/etc/etcd/ca.crt", "a", "a"), ("CLIENT_CERT_PATH", "/etc/etcd/client.crt", "b", "b"),
     ("CLIENT_KEY_PATH", "/etc/etcd/client.key", "c", "c"), ("ETCD_TIMEOUT", 5, "2500ms", 2.5),
     ("CACHE_ENABLED", False, "TRUE", True), ("CACHE_SIZE", 1000, "1", 1), ("DEBUG", False, "1", True),
+    ("MAX_TTL", 9_000_000_000, "1m0.5s", 61),
 ])  # fmt: skip
 def test_a_variable_has_its_default_and_takes_its_values(name: str, default: object, text: str, value: object) -> None:
     config = shared_lock.Config.from_env({f"SHARED_LOCK_{name}": text, name: "ignored"})
@@ -807,7 +837,7 @@ UNUSABLE = [
     *(("ETCD_ADDR_LIST", text) for text in [
         "ftp://h:1", "", "h", "h:", ":1", "h:p", "h:0", "h:65536", "a:1,,b:2", "http://", "h h:1"
     ]),
-    ("ETCD_TIMEOUT", "0"),
+    ("ETCD_TIMEOUT", "0"), *(("MAX_TTL", text) for text in ["0", "", "-1s", "1 m", "9000000001"]),
 ]  # fmt: skip
 
 
@@ -1321,7 +1351,10 @@ def test_queries_and_absolute_targets_lead_to_the_path(on_memory: Daemon, target
     assert (answer.status, answer.text) == (200, "ok\n")
 
 
-@pytest.mark.parametrize("path", ["/health", "/ready", "/lease?key=", "/lease?key=free", "/lease", "/nowhere"])
+@pytest.mark.parametrize(
+    "path",
+    ["/health", "/ready", "/lease?key=", "/lease?key=free", "/lease?prefix=no", "/lease", "/nowhere", "/lease?prefix="],
+)
 def test_head_is_get_without_the_body(daemon: Daemon, key: str, path: str) -> None:
     path = path if path[-1] != "=" else path + key
     daemon.acquire(key)
@@ -1400,7 +1433,129 @@ def test_nesting_of_any_depth_is_ignored_or_400(on_memory: Daemon, form: str, st
         assert answer.status in statuses, (depth, answer.text)
 
 
-@pytest.mark.parametrize("form", ["%d", " \t\r\n%d\n", '"%d"', '{"id": %d}', '{"id": "%d"}', ' {"x": [], "id":%d} '])
+@pytest.mark.parametrize("text, value", [
+    ('{"KEY": @, "VALUE": "v"}', "v"), ('{"Key": @, "Value": "v"}', "v"), ('{"key": @, "valu\u0435": "v"}', ""),
+    ('{"key": @, "value": "a", "vaLue": "b"}', "b"), ('{"Value": "a", "value": "b", "kEY": @}', "b"),
+    ('{"key": @, "labels": {"Value": "x"}, "Labels": [["value"]], "timestamp": {"key": "x"}}', ""),
+])  # fmt: skip
+def test_the_value_is_found_whatever_the_case_of_its_name(daemon: Daemon, key: str, text: str, value: str) -> None:
+    answer = daemon.request("POST", "/lease", text.replace("@", json.dumps(key)).encode())
+
+    assert answer.status == 201
+    assert json.loads(daemon.look(key).text)["value"] == value
+
+
+def test_a_ttl_in_the_body_is_refused_and_names_the_header(daemon: Daemon, key: str) -> None:
+    bodies = [{"key": key, "ttl": "60s"}, {"TTL": 60, "key": key}, {"key": key, "Ttl": None}]
+
+    answers = [daemon.request("POST", "/lease", json.dumps(body)) for body in bodies]
+
+    assert [answer.status for answer in answers] == [400] * 3
+    one_line(answers[0], "ttl: ", "x-lease-ttl", "60s")
+    assert daemon.look(key).status == 404
+
+
+@pytest.mark.parametrize("name", ["x-lease-tll", "X-Lease-Timeout", "x-lease-", "x-lease-id2", "X-LEASE-TTL-MS"])
+def test_an_unknown_header_that_looks_like_ours_is_refused_and_the_known_are_listed(
+    daemon: Daemon, key: str, name: str
+) -> None:
+    answer = daemon.acquire(key, **{name: "60s"})
+
+    assert answer.status == 400
+    one_line(answer, name.lower(), "x-lease-ttl", "x-lease-wait", "x-lease-id")
+    assert daemon.look(key).status == 404
+
+
+@pytest.mark.parametrize("query, status", [("?ttl=60s", 400), ("?x", 400), ("?key=other", 400), ("?", 201)])
+def test_a_query_when_asking_for_a_lock_is_refused_and_names_the_headers(
+    daemon: Daemon, key: str, query: str, status: int
+) -> None:
+    answer = daemon.request("POST", "/lease" + query, lock_body(key))
+
+    assert (answer.status, daemon.look(key).status) == (status, 200 if status == 201 else 404)
+    assert status == 201 or f'"{query[1:]}"' in answer.text
+    assert status == 201 or all(name in answer.text for name in ("x-lease-ttl", "x-lease-wait", "x-lease-id"))
+
+
+@pytest.mark.parametrize("more", [{}, {"x-lease-wait": "100ms"}, {"x-lease-id": "4711"}])
+def test_if_none_match_makes_the_refusal_a_failure(daemon: Daemon, key: str, more: dict[str, str]) -> None:
+    first = daemon.acquire(key, **{"If-None-Match": "*"})
+
+    refusal = daemon.acquire(key, **{"If-None-Match": "*", **more})
+
+    assert (first.status, refusal.status) == (201, 412)
+    one_line(refusal, "held", key)
+    assert first.text not in refusal.text + str(refusal.headers)
+    assert daemon.token(key) == first.token
+
+
+LEASE_ENDPOINTS = [("POST", "/keepalive"), ("DELETE", "/lease")]
+
+
+@pytest.mark.parametrize("method, path", LEASE_ENDPOINTS)
+def test_if_match_makes_a_lease_that_is_gone_a_failure(daemon: Daemon, key: str, method: str, path: str) -> None:
+    lease = daemon.acquire(key).text
+
+    well = daemon.request(method, path, lease, {"If-Match": "*"})
+    daemon.release(lease)
+    gone = daemon.request(method, path, lease, {"If-Match": "*"})
+
+    assert (well.status, gone.status) == (200, 412)
+    one_line(gone, "gone", lease)
+
+
+@pytest.mark.parametrize("given", ["", '"*"', "**", "W/*", "*, *", '"abc"'])
+def test_a_precondition_that_is_not_a_star_is_refused_and_nothing_is_done(daemon: Daemon, key: str, given: str) -> None:
+    lease = daemon.acquire(key).text
+
+    refusals = [daemon.acquire(key + " free", **{"If-None-Match": given})]
+    refusals += [daemon.request(method, path, lease, {"If-Match": given}) for method, path in LEASE_ENDPOINTS]
+
+    assert [refusal.status for refusal in refusals] == [400] * 3
+    for name, refusal in zip(("if-none-match", "if-match", "if-match"), refusals, strict=True):
+        one_line(refusal, f"{name}: not *: ")
+    assert [daemon.look(one).status for one in (key, key + " free")] == [200, 404]
+
+
+@pytest.mark.parametrize("given", ["*", '"abc"'])
+def test_a_precondition_that_would_be_ignored_is_refused_and_the_right_one_named(
+    daemon: Daemon, key: str, given: str
+) -> None:
+    lease = daemon.acquire(key).text
+
+    refusals = [daemon.acquire(key + " free", **{"If-Match": given})]
+    refusals += [daemon.request(method, path, lease, {"If-None-Match": given}) for method, path in LEASE_ENDPOINTS]
+
+    assert [refusal.status for refusal in refusals] == [400] * 3
+    for refusal in refusals:
+        one_line(refusal, "if-match", "if-none-match", "*")
+    assert [daemon.look(one).status for one in (key, key + " free")] == [200, 404]
+
+
+def sh_script(daemon: Daemon, key: str, folder: Path) -> str:
+    """The script that everybody writes first; its work lasts until the file `end` is there."""
+    post_lock = f"curl -sf {daemon.url}/lease -H 'If-None-Match: *' -d '{json.dumps({'key': key})}'"
+    release = f'curl -s -X DELETE {daemon.url}/lease -d "$lease"'
+    work = f"echo works; until [ -e {folder}/end ]; do sleep 0.05; done"
+    return f"lease=$({post_lock}) || exit; trap '{release}' EXIT; {work}"
+
+
+def test_of_five_natural_scripts_at_once_one_runs_and_keeps_its_lock(daemon: Daemon, tmp_path: Path) -> None:
+    script = sh_script(daemon, str(tmp_path), tmp_path)
+    copies = [subprocess.Popen(["sh", "-c", script], stdout=subprocess.PIPE, text=True) for _ in range(5)]
+
+    eventually(lambda: sum(copy.poll() is not None for copy in copies) == 4)
+    refused = {copy.returncode for copy in copies} - {None}
+    token, second = daemon.token(str(tmp_path)), daemon.acquire(str(tmp_path)).status
+    (tmp_path / "end").touch()
+    said = sorted(copy.communicate(timeout=30)[0] for copy in copies)
+
+    assert (refused, second) == ({22}, 202)
+    assert (said, [copy.returncode for copy in copies].count(0)) == ([""] * 4 + ["works\n"], 1)
+    assert daemon.acquire(str(tmp_path)).token > token
+
+
+@pytest.mark.parametrize("form", ["%d", " \t\r\n%d\n", '"%d"', '{"id": %d}', '{"id": "%d"}', ' {"x": [], "ID":%d} '])
 def test_a_lease_id_is_taken_in_every_form(daemon: Daemon, key: str, form: str) -> None:
     lease = int(daemon.acquire(key, "50s").text)
 
@@ -1454,6 +1609,16 @@ def test_a_refusal_never_tells_the_lease_of_the_holder(daemon: Daemon, key: str)
 
     assert (refusal.status, refusal.text) == (202, "0")
     assert lease not in str(refusal.headers)
+
+
+def test_a_refused_script_that_cleans_up_after_itself_frees_nobodys_lock(daemon: Daemon, key: str) -> None:
+    holder = daemon.acquire(key)
+    refused = daemon.acquire(key)
+
+    answers = daemon.keep_alive(refused.body), daemon.release(refused.body)
+
+    assert [answer.status for answer in answers] == [204, 204]
+    assert (daemon.token(key), daemon.keep_alive(holder.text).status) == (holder.token, 200)
 
 
 def test_the_key_stands_in_etcd_as_the_go_service_writes_it(on_etcd: Daemon, etcd: Etcd, key: str) -> None:
@@ -1591,12 +1756,276 @@ def test_a_key_in_the_query_may_stand_there_as_curl_sends_it(daemon: Daemon, key
     assert (answer.status, json.loads(answer.body)["key"]) == (200, key + "ключ")
 
 
-@pytest.mark.parametrize("query", ["", "?", "?key", "?key=", "?KEY=x", "?lease=1", "?key=%ff", "?key=%ED%A0%80"])
-def test_to_look_without_a_key_that_is_text_is_a_bad_request(daemon: Daemon, query: str) -> None:
+@pytest.mark.parametrize("query", [
+    "", "?", "?key", "?key=", "?KEY=x", "?lease=1", "?key=%ff", "?key=%ED%A0%80", "?PREFIX=x", "?prefix=%ff",
+    "?prefix=%ED%A0%80", "?key=k&prefix=k", "?prefix=&key=k", "?key=&prefix=k",
+])  # fmt: skip
+def test_to_look_without_a_key_or_a_prefix_that_is_text_is_a_bad_request(daemon: Daemon, query: str) -> None:
     answer = daemon.request("GET", "/lease" + query)
 
     assert answer.status == 400
     one_line(answer)
+
+
+def listed(daemon: Daemon, prefix: str) -> list[dict[str, Any]]:
+    """The lines of a list of locks."""
+    answer = daemon.request("GET", "/lease?prefix=" + urllib.parse.quote(prefix, safe=""))
+    assert (answer.status, answer.headers["content-type"]) == (200, "application/x-ndjson")
+    assert not answer.text or answer.text.endswith("\n")
+    return [json.loads(line) for line in answer.text.split("\n")[:-1]]
+
+
+def test_a_prefix_lists_its_locks_sorted_and_without_their_leases(daemon: Daemon, key: str) -> None:
+    names = [f"{key}/{name}" for name in ("b", "", "a/b", "é", "a", "ab")]
+    grants = {name: daemon.acquire(name, value=f"held by {name}\n🔒") for name in names}
+    gone, *_ = daemon.acquire(f"{key}/gone").text, daemon.acquire(key), daemon.acquire(f"{key}0")
+    daemon.release(gone)
+
+    lines = listed(daemon, f"{key}/")
+
+    assert lines == [
+        {"key": name, "value": f"held by {name}\n🔒", "fencing_token": grants[name].token} for name in sorted(names)
+    ]
+    assert listed(daemon, f"{key}/a") == [line for line in lines if line["key"].startswith(f"{key}/a")]
+    assert listed(daemon, f"{key}/x") == []
+
+
+@pytest.mark.parametrize(
+    "end", ["\x7f", "\0", "\n", "ключ", "\u07ff", "\ud7ff", "\uffff", "🔒", "\U0010ffff"], ids=ascii
+)
+def test_any_text_is_a_prefix_and_the_order_is_that_of_unicode(daemon: Daemon, key: str, end: str) -> None:
+    names = [key + end + more for more in ("", "\x7f", "\ud7ff", "\ue000", "\uffff", "\U00010000", "\U0010ffff")]
+    for name in (*reversed(names), key + chr(max(0, ord(end[0]) - 1)), key):
+        daemon.acquire(name)
+
+    assert [line["key"] for line in listed(daemon, key + end)] == names
+
+
+@pytest.mark.parametrize("storage", ["mock", "etcd"])
+def test_an_empty_prefix_lists_all_locks_and_nothing_of_other_tenants(
+    own_etcd: Etcd, start: Start, storage: str
+) -> None:
+    daemon = start(storage if storage == "mock" else own_etcd.url)
+    by_hand = ["by hand"] if storage == "etcd" else []
+    for foreign in (b"/shared-lock", b"/shared-lock0", b"/registry/pods/", b"\xff", b"a"):
+        own_etcd.put(foreign, b"theirs")
+    own_etcd.put(b"/shared-lock/by hand")
+
+    assert [line["key"] for line in listed(daemon, "")] == by_hand
+    for name in ("\0", "/shared-lock/k", "🔒", "k"):
+        daemon.acquire(name)
+
+    assert [line["key"] for line in listed(daemon, "")] == ["\0", "/shared-lock/k", *by_hand, "k", "🔒"]
+
+
+@pytest.mark.parametrize("storage", ["mock", "etcd"])
+def test_a_list_ends_after_a_thousand_locks_and_tells_that_there_are_more(
+    own_etcd: Etcd, start: Start, storage: str
+) -> None:
+    daemon = start(storage if storage == "mock" else own_etcd.url)
+    names = [f"k{number:04}" for number in range(1000)]
+    client = Talk(daemon)
+    for at in range(0, 1000, 100):
+        client.say(b"".join(post(lock_body(name), b"x-lease-ttl: 1h") for name in names[at : at + 100]))
+        assert {client.answer().status for _ in range(100)} == {201}
+
+    exactly = listed(daemon, "k")
+    daemon.acquire("k")
+    more = listed(daemon, "k")
+
+    assert [line.get("key") for line in exactly] == names
+    assert [line["key"] for line in more[:-1]] == ["k", *names[:-1]]
+    assert more[-1] == {"more": True}
+
+
+# == Asking again: x-lease-id ========================================================================================
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "9223372036854775808", "x", "", "5.0", "+5", "0x5", "5 5", "5, 5", "٣"])
+def test_a_lease_id_that_is_no_positive_int64_is_400_and_shown(daemon: Daemon, key: str, text: str) -> None:
+    answer = talk(daemon, post(lock_body(key), f"X-Lease-ID: {text}".encode()))
+
+    assert answer.status == 400
+    one_line(answer, "x-lease-id: not ", f'"{text}"')
+    assert daemon.look(key).status == 404
+
+
+@pytest.mark.parametrize("text", ["1", "9223372036854775807", "0000000000000004711"])
+def test_the_smallest_and_the_largest_lease_id_are_used(daemon: Daemon, key: str, text: str) -> None:
+    answers = [acquire_as(daemon, int(text), key), daemon.acquire(key, **{"x-lease-id": text})]
+
+    assert [(answer.status, int(answer.text)) for answer in answers] == [(201, int(text))] * 2
+    assert daemon.release(text.lstrip("0")).status == 200
+
+
+def test_the_same_request_again_is_answered_alike_and_starts_the_ttl_again(
+    daemon: Daemon, key: str, lease_id: int
+) -> None:
+    first = acquire_as(daemon, lease_id, key, "2s")
+    ends = time.monotonic() + 3.2
+
+    while time.monotonic() < ends:
+        again = acquire_as(daemon, lease_id, key, "2s")
+        assert (again.status, again.body, again.token) == (201, first.body, first.token)
+        time.sleep(0.4)
+
+    assert first.text == str(lease_id)
+    assert (daemon.acquire(key).status, daemon.token(key)) == (202, first.token)
+
+
+def test_another_ttl_the_second_time_leaves_the_first_and_tells_it(daemon: Daemon, key: str, lease_id: int) -> None:
+    first = acquire_as(daemon, lease_id, key, "50s")
+
+    others = [acquire_as(daemon, lease_id, key, ttl) for ttl in ("90s", "5s")]
+
+    assert {(answer.status, answer.headers["x-lease-ttl"]) for answer in (first, *others)} == {(201, "50s")}
+    assert json.loads(daemon.look(key).text)["granted_ttl"] == 50
+
+
+def test_another_replica_and_one_after_a_restart_answer_alike(
+    on_etcd: Daemon, etcd: Etcd, start: Start, key: str, lease_id: int
+) -> None:
+    first, before = acquire_as(on_etcd, lease_id, key), etcd.leases()
+    other = start(etcd.url)
+
+    answers = [acquire_as(other, lease_id, key)]
+    other.stop()
+    answers.append(acquire_as(start(etcd.url), lease_id, key))
+
+    assert [(answer.status, answer.body, answer.token) for answer in answers] == [(201, first.body, first.token)] * 2
+    assert etcd.leases() <= before
+
+
+@pytest.mark.parametrize("storage", ["mock", "etcd"])
+@pytest.mark.parametrize("more", [{}, {"x-lease-wait": "5s"}])
+@pytest.mark.parametrize("cache", ["false", "true"])
+def test_of_twenty_copies_at_once_all_get_the_one_lock(
+    own_etcd: Etcd, start: Start, key: str, lease_id: int, storage: str, more: dict[str, str], cache: str
+) -> None:
+    daemon = start("mock" if storage == "mock" else own_etcd.url, CACHE_ENABLED=cache)
+
+    answers = [answer for _, answer in together(20, lambda _: acquire_as(daemon, lease_id, key, **more))]
+
+    assert {(answer.status, answer.text) for answer in answers} == {(201, str(lease_id))}
+    assert {answer.token for answer in answers} == {daemon.token(key)}
+    assert own_etcd.leases() == ({lease_id} if storage == "etcd" else set())
+
+
+@pytest.mark.parametrize("storage", ["mock", "etcd"])
+def test_of_many_that_race_with_ids_of_their_own_one_wins_and_the_losers_leave_no_lease(
+    own_etcd: Etcd, start: Start, key: str, storage: str
+) -> None:
+    daemon = start("mock" if storage == "mock" else own_etcd.url)
+    lease_ids = [random.randrange(1, 2**63) for _ in range(20)]
+
+    answers = [answer for _, answer in together(20, lambda number: acquire_as(daemon, lease_ids[number], key))]
+
+    [winner] = [answer for answer in answers if answer.status == 201]
+    assert {answer.text for answer in answers if answer.status == 202} == {"0"}
+    assert int(winner.text) in lease_ids and winner.token == daemon.token(key)
+    assert own_etcd.leases() == ({int(winner.text)} if storage == "etcd" else set())
+
+
+@pytest.mark.parametrize("made_before", [False, True])
+def test_a_loser_ends_its_lease_only_if_it_made_it(
+    on_etcd: Daemon, etcd: Etcd, proxy: Proxy, start: Start, key: str, lease_id: int, pool: Pool, made_before: bool
+) -> None:
+    daemon = start(proxy.url)
+    if made_before:
+        etcd.call("/lease/grant", {"ID": lease_id, "TTL": 60})
+
+    proxy.rule = ("/v3/kv/txn", "stop", 1)
+    loser = pool.submit(acquire_as, daemon, lease_id, key)
+    eventually(lambda: ("/v3/kv/txn", "stop") in proxy.seen)
+    winner = on_etcd.acquire(key)
+    proxy.go_on.set()
+
+    assert (winner.status, loser.result(10).status) == (201, 202)
+    assert (lease_id in etcd.leases()) == made_before
+    assert on_etcd.token(key) == winner.token
+
+
+def test_with_a_wait_each_copy_gets_the_lock_when_it_is_released(
+    daemon: Daemon, key: str, lease_id: int, pool: Pool
+) -> None:
+    holder = daemon.acquire(key)
+    copies = [pool.submit(acquire_as, daemon, lease_id, key, **{"x-lease-wait": "50s"}) for _ in range(3)]
+    assert not wait_for_any(copies, 0.5, FIRST_COMPLETED).done
+
+    daemon.release(holder.text)
+
+    answers = [copy.result(10) for copy in copies]
+    assert {(answer.status, answer.text) for answer in answers} == {(201, str(lease_id))}
+    assert {answer.token for answer in answers} == {daemon.token(key)}
+
+
+@pytest.mark.parametrize("storage", ["mock", "etcd"])
+@pytest.mark.parametrize("taken_here", [True, False])
+def test_the_cache_never_refuses_a_caller_its_own_lock(
+    on_etcd: Daemon, etcd: Etcd, start: Start, key: str, lease_id: int, storage: str, taken_here: bool
+) -> None:
+    cached = start("mock" if storage == "mock" else etcd.url, CACHE_ENABLED="true")
+    first = acquire_as(on_etcd if storage == "etcd" and not taken_here else cached, lease_id, key)
+    refusals = [cached.acquire(key).status for _ in range(3)]
+
+    again = acquire_as(cached, lease_id, key)
+
+    assert refusals == [202] * 3
+    assert (again.status, again.body, again.token) == (201, first.body, first.token)
+    assert acquire_as(cached, lease_id + 1 if lease_id == 1 else lease_id - 1, key).status == 202
+    assert cached.release(again.text).status == 200
+    assert cached.acquire(key).status == 201
+
+
+def test_after_its_release_or_its_end_an_id_takes_the_lock_anew(daemon: Daemon, key: str, lease_id: int) -> None:
+    first = acquire_as(daemon, lease_id, key)
+    daemon.release(first.text)
+
+    second = acquire_as(daemon, lease_id, key, "1s")
+    third = eventually(lambda: (answer := daemon.acquire(key)).status == 201 and answer)
+    late = acquire_as(daemon, lease_id, key)
+
+    assert (second.status, late.status, late.text) == (201, 202, "0")
+    assert first.token < second.token < third.token == daemon.token(key)
+
+
+def test_a_lease_without_a_key_is_used(on_etcd: Daemon, etcd: Etcd, key: str, lease_id: int) -> None:
+    etcd.call("/lease/grant", {"ID": lease_id, "TTL": 70})
+    before = etcd.leases()
+
+    answer = acquire_as(on_etcd, lease_id, key, "60s")
+
+    assert (answer.status, answer.text, answer.headers["x-lease-ttl"]) == (201, str(lease_id), "70s")
+    assert etcd.key(key) == {"create_revision": answer.token, "lease": lease_id, "value": b""}
+    assert etcd.leases() <= before
+
+
+def test_a_lease_that_holds_another_lock_is_409_and_untouched(daemon: Daemon, key: str, lease_id: int) -> None:
+    first = acquire_as(daemon, lease_id, key + " first")
+
+    answer = acquire_as(daemon, lease_id, key)
+    waited = acquire_as(daemon, lease_id, key, **{"x-lease-wait": "5s"})
+
+    assert (answer.status, waited.status) == (409, 409)
+    one_line(answer, f"x-lease-id: in use for something else: {lease_id}")
+    assert (daemon.look(key).status, daemon.token(key + " first")) == (404, first.token)
+    assert acquire_as(daemon, lease_id, key + " first").token == first.token
+
+
+@pytest.mark.parametrize("foreign", [b"/registry/pods/", b"/shared-lock", b"/shared-locks/", b"\xff\x00"])
+def test_a_lease_of_another_tenant_is_409_and_untouched(
+    on_etcd: Daemon, etcd: Etcd, key: str, lease_id: int, foreign: bytes
+) -> None:
+    etcd.call("/lease/grant", {"ID": lease_id, "TTL": 60})
+    etcd.put(foreign + key.encode(), b"theirs", lease_id)
+
+    answer = acquire_as(on_etcd, lease_id, key)
+
+    assert answer.status == 409
+    one_line(answer, str(lease_id))
+    seen = etcd.call("/lease/timetolive", {"ID": lease_id, "keys": True})
+    assert [base64.b64decode(name) for name in seen["keys"]] == [foreign + key.encode()]
+    assert on_etcd.look(key).status == 404
 
 
 # == Waiting for a lock ==============================================================================================
@@ -3320,6 +3749,83 @@ def test_an_answer_says_no_more_than_is_known_and_no_lease_stays(
     assert answer.status == 500
     assert answer.text.startswith(("outcome unknown: ", "not acquired: ") if not found else "outcome unknown: ")
     eventually(lambda: not etcd.leases() - before, 5)  # in the background, long before its ttl
+
+
+@pytest.mark.parametrize("action", ["drop-request", "drop-answer", "no-leader"])
+@pytest.mark.parametrize("path", ["/v3/kv/range", "/v3/lease/grant", "/v3/kv/txn"])
+def test_after_a_first_try_that_died_half_way_the_second_has_the_lock_with_one_lease(
+    etcd: Etcd, proxy: Proxy, start: Start, key: str, lease_id: int, action: str, path: str
+) -> None:
+    daemon, before = start(proxy.url, ETCD_TIMEOUT="700ms"), etcd.leases()
+    eventually(daemon.ready)
+
+    proxy.rule = (path, action, 10**6)
+    first = acquire_as(daemon, lease_id, key)
+    taken = etcd.key(key)
+    proxy.rule = None
+    second = eventually(lambda: (answer := acquire_as(daemon, lease_id, key)).status == 201 and answer)
+
+    assert (first.status, second.text) == (500, str(lease_id))
+    assert etcd.key(key) == {"create_revision": second.token, "lease": lease_id, "value": b""}
+    assert taken in (None, etcd.key(key)) and bool(taken) == ((path, action) == ("/v3/kv/txn", "drop-answer"))
+    assert etcd.leases() - before == {lease_id}
+
+
+@pytest.mark.parametrize("action", [action for action in ACTIONS if action != "late"])
+@pytest.mark.parametrize("path", [
+    "/v3/kv/range", "/v3/lease/keepalive", "/v3/lease/grant", "/v3/lease/timetolive", "/v3/kv/txn"
+])  # fmt: skip
+def test_a_repetition_whose_own_calls_break_is_answered_alike(
+    etcd: Etcd, proxy: Proxy, start: Start, key: str, lease_id: int, action: str, path: str
+) -> None:
+    daemon = start(proxy.url)
+    holds = path in ("/v3/kv/range", "/v3/lease/keepalive")  # in the others a first try left a lease without a key
+    etcd.call("/lease/grant", {"ID": lease_id, "TTL": 60})
+    if holds:
+        etcd.put(b"/shared-lock/" + key.encode(), b"", lease_id)
+    taken, before = etcd.key(key), etcd.leases()
+
+    proxy.rule = (path, action, 1)
+    answer = acquire_as(daemon, lease_id, key)
+
+    assert (answer.status, answer.text, (path, action) in proxy.seen) == (201, str(lease_id), True)
+    assert etcd.key(key) == (taken or {"create_revision": answer.token, "lease": lease_id, "value": b""})
+    assert etcd.leases() <= before
+
+
+def test_who_lost_the_answer_on_its_way_asks_again_and_has_the_lock(daemon: Daemon, key: str, lease_id: int) -> None:
+    lossy = Proxy(daemon)
+    lossy.rule = ("/lease", "drop-answer", 1)
+    headers = {"x-lease-id": str(lease_id)}
+
+    with contextlib.closing(lossy):
+        with pytest.raises(http.client.RemoteDisconnected):
+            ask(lossy.port, "POST", "/lease", lock_body(key), headers)
+        token = daemon.token(key)
+        second = ask(lossy.port, "POST", "/lease", lock_body(key), headers)
+
+    assert (second.status, second.text, second.token) == (201, str(lease_id), token)
+    assert (daemon.release(str(lease_id)).status, daemon.look(key).status) == (200, 404)
+
+
+@pytest.mark.parametrize("chosen", [True, False])
+def test_an_answer_that_cannot_be_written_takes_back_only_a_lock_that_nobody_can_ask_for_again(
+    on_etcd: Daemon, etcd: Etcd, proxy: Proxy, start: Start, key: str, lease_id: int, chosen: bool
+) -> None:
+    daemon = start(proxy.url, DEBUG="true")
+    proxy.rule = ("/v3/kv/txn", "wait", 1)
+    client = Talk(daemon, post(lock_body(key), *[b"x-lease-id: %d" % lease_id] * chosen))
+    taken = eventually(lambda: etcd.key(key))
+
+    client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()
+    proxy.go_on.set()
+    eventually(lambda: "connection lost" in daemon.log())
+
+    assert etcd.key(key) == (taken if chosen else None)
+    assert (taken["lease"] in etcd.leases()) == chosen
+    again = acquire_as(on_etcd, lease_id, key)
+    assert (again.status, again.token == taken["create_revision"]) == (201, chosen)
 
 
 def test_keepalive_says_204_only_when_etcd_knows_that_the_lease_is_gone(
