@@ -2775,7 +2775,11 @@ def kill(member: Etcd) -> None:
 
 
 def freeze(member: Etcd) -> None:
+    """Returns once it is frozen: on a busy machine it may go on for a moment after the signal."""
     member.signal(signal.SIGSTOP)
+    assert member.process
+    stat = Path(f"/proc/{member.process.pid}/stat")
+    eventually(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T")
 
 
 def test_a_member_that_is_frozen_at_the_start_is_noted_before_anybody_asks(own_etcd: Etcd, start: Start) -> None:
