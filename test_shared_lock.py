@@ -1427,7 +1427,7 @@ def test_any_other_body_is_400_and_says_why(daemon: Daemon, body: str | bytes, s
 def test_nesting_of_any_depth_is_ignored_or_400(on_memory: Daemon, form: str, statuses: set[int]) -> None:
     client = Talk(on_memory)
 
-    for depth in [*range(100, 1100, 3), 3000, 30_000]:
+    for depth in [*range(100, 1100), 3000, 30_000]:
         client.say(post((form % ("[" * depth + "]" * depth)).encode()))
         answer = client.answer()
         assert answer.status in statuses, (depth, answer.text)
@@ -1818,6 +1818,17 @@ def test_an_empty_prefix_lists_all_locks_and_nothing_of_other_tenants(
     assert [line["key"] for line in listed(daemon, "")] == ["\0", "/shared-lock/k", *by_hand, "k", "🔒"]
 
 
+def test_a_list_costs_etcd_one_read(on_etcd: Daemon, start: Start, proxy: Proxy, key: str) -> None:
+    daemon, names = start(proxy.url), [f"{key}-{number}" for number in range(3)]
+    for name in names:
+        on_etcd.acquire(name)
+
+    lines = listed(daemon, key)
+
+    assert [line["key"] for line in lines] == names
+    assert proxy.seen == [("/v3/kv/range", "")]
+
+
 @pytest.mark.parametrize("storage", ["mock", "etcd"])
 def test_a_list_ends_after_a_thousand_locks_and_tells_that_there_are_more(
     own_etcd: Etcd, start: Start, storage: str
@@ -1945,6 +1956,41 @@ def test_a_loser_ends_its_lease_only_if_it_made_it(
     assert on_etcd.token(key) == winner.token
 
 
+@pytest.mark.xfail(strict=True, reason="a loser ends the lease that it made, though a repetition may hold it by then")
+def test_a_losers_clean_up_that_comes_late_takes_no_lock_from_its_repetition(
+    on_etcd: Daemon, proxy: Proxy, start: Start, key: str, lease_id: int, pool: Pool
+) -> None:
+    daemon = start(proxy.url)
+    proxy.rules(("/v3/kv/txn", "hold", 1), ("/v3/lease/revoke", "stop", 1))
+    loser = pool.submit(acquire_as, daemon, lease_id, key)
+    eventually(lambda: ("/v3/kv/txn", "hold") in proxy.seen)
+    winner = on_etcd.acquire(key).text
+    assert eventually(lambda: ("/v3/lease/revoke", "stop") in proxy.seen or loser.done())
+
+    on_etcd.release(winner)
+    repetition = acquire_as(on_etcd, lease_id, key)
+    proxy.go_on.set()
+
+    assert (loser.result(10).status, repetition.status) == (202, 201)
+    assert on_etcd.keep_alive(repetition.text).status == 200
+    assert on_etcd.token(key) == repetition.token
+
+
+@pytest.mark.xfail(strict=True, reason="that a lease holds something else is not looked at after the claim")
+def test_of_two_locks_asked_for_with_one_id_at_the_same_time_only_one_is_granted(
+    on_etcd: Daemon, proxy: Proxy, start: Start, key: str, lease_id: int, pool: Pool
+) -> None:
+    daemon = start(proxy.url)
+
+    proxy.rule = ("/v3/kv/txn", "stop", 1)
+    first = pool.submit(acquire_as, daemon, lease_id, key)
+    eventually(lambda: ("/v3/kv/txn", "stop") in proxy.seen)
+    other = acquire_as(on_etcd, lease_id, key + " other")
+    proxy.go_on.set()
+
+    assert sorted((first.result(10).status, other.status)) == [201, 409]
+
+
 def test_with_a_wait_each_copy_gets_the_lock_when_it_is_released(
     daemon: Daemon, key: str, lease_id: int, pool: Pool
 ) -> None:
@@ -1975,6 +2021,12 @@ def test_the_cache_never_refuses_a_caller_its_own_lock(
     assert acquire_as(cached, lease_id + 1 if lease_id == 1 else lease_id - 1, key).status == 202
     assert cached.release(again.text).status == 200
     assert cached.acquire(key).status == 201
+
+
+def test_a_precondition_never_refuses_a_caller_its_own_lock(daemon: Daemon, key: str, lease_id: int) -> None:
+    first, again = (acquire_as(daemon, lease_id, key, **{"If-None-Match": "*"}) for _ in "ab")
+
+    assert (first.status, again.status, again.token) == (201, 201, first.token)
 
 
 def test_after_its_release_or_its_end_an_id_takes_the_lock_anew(daemon: Daemon, key: str, lease_id: int) -> None:
