@@ -34,6 +34,7 @@ import shutil
 import signal
 import socket
 import socketserver
+import ssl
 import statistics
 import struct
 import subprocess
@@ -199,6 +200,8 @@ class Answer(NamedTuple):
 class Daemon:
     """`python shared_lock.py serve` as a child process, on a free port."""
 
+    tls: ssl.SSLContext | None = None  # for raw connections to a daemon that wants it
+
     def __init__(
         self, folder: Path, storage: str, /, *, command: Sequence[str] = (), stderr: int | None = None, **env: str
     ) -> None:
@@ -263,7 +266,8 @@ class Daemon:
 
     def connect(self) -> socket.socket:
         """A raw connection, for what a client library would hide."""
-        return socket.create_connection(("127.0.0.1", self.port), timeout=30)
+        sock = socket.create_connection(("127.0.0.1", self.port), timeout=30)
+        return self.tls.wrap_socket(sock, server_hostname="127.0.0.1") if self.tls else sock
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         """This signal, then its exit status."""
@@ -465,7 +469,8 @@ class Proxy:
     `rule` is (path, what to do, how many times), and the next of `rules` is in force once it is used up. To do:
     drop-request, drop-answer (after etcd has committed), cut (an answer in its middle), late (an answer, by
     LATE_SECONDS), wait (an answer, until go_on is set), stop (a request, until go_on is set), hold (a request, by
-    HOLD_SECONDS), surplus (bytes after an answer), 503 and no-leader (an answer of our own, etcd is not asked).
+    HOLD_SECONDS), surplus (bytes after an answer), 503 and no-leader (an answer of our own, etcd is not asked), gone (an
+    answer says that its lease is), and a release of etcd (an answer to /version tells that one).
 
     The path of a look, with which the daemon finds out whether a member is well, is LOOK; ALL is every path.
     """
@@ -480,16 +485,17 @@ class Proxy:
         "no-leader": '{"error":"etcdserver: no leader","message":"etcdserver: no leader","code":14}',
     }
 
-    def __init__(self, target: Etcd | Daemon) -> None:
+    def __init__(self, target: Etcd | Daemon, port: int = 0, host: str = "127.0.0.1") -> None:
         self._target = ("127.0.0.1", target.port)
-        self._server = socket.create_server(("127.0.0.1", 0))
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._server = socket.create_server((host, port), family=family)
         self.port = self._server.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.go_on = threading.Event()
         self._mutex = threading.Lock()  # owns all below
         self._rules: list[tuple[str, str, int]] = []
         self.seen: list[tuple[str, str]] = []  # path, and what was done: "" where nothing
-        self.looks: list[tuple[str, str]] = []  # the same of looks
+        self.looked: list[tuple[str, str]] = []  # the same with looks among them
         self.reused: list[str] = []  # paths of requests on connections that had an error, a time-out, an unread body
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -520,7 +526,7 @@ class Proxy:
             requests, answers, spoiled = client.makefile("rb"), etcd.makefile("rb"), False
             while request := self._read(requests):
                 path = request.split(b" ", 2)[1].decode()
-                if path == "/version" or (self.LOOKS_FOR in request and b"range_end" not in request):
+                if self.LOOKS_FOR in request and b"range_end" not in request:
                     path = self.LOOK
                 action = self._note(path, spoiled)
                 if action == "drop-request":
@@ -532,7 +538,7 @@ class Proxy:
                     if action == "stop":
                         self.go_on.wait(30)
                     etcd.sendall(request)
-                    answer = self._read(answers)
+                    answer = self._edited(self._read(answers), action)
                 if not answer or action == "drop-answer":
                     break
                 time.sleep(self.LATE_SECONDS if action == "late" else 0)
@@ -541,8 +547,18 @@ class Proxy:
                 client.sendall({"cut": answer[:-5], "surplus": answer + b"surplus"}.get(action, answer))
                 if action == "cut":
                     break
-                spoiled = spoiled or action not in ("", "hold", "stop", "wait")
+                spoiled = spoiled or action not in ("", "hold", "stop", "wait", "gone", "well")
             client.shutdown(socket.SHUT_RDWR)
+
+    @staticmethod
+    def _edited(answer: bytes, action: str) -> bytes:
+        """An answer that is as long as before."""
+        if action == "gone":  # the ttl has two digits; in an answer to a keepalive it is left out
+            answer = re.sub(rb'"TTL":"..?"', rb'"TTL":"-1"' if b"grantedTTL" in answer else b'"Old":"60"', answer)
+        elif action[:1].isdigit() and action != "503":
+            told = b'"etcdserver":"%s"' % action.encode()
+            answer = re.sub(rb'"etcdserver":"[^"]*"', lambda match: told.ljust(len(match[0])), answer)
+        return answer
 
     def _note(self, path: str, spoiled: bool) -> str:
         with self._mutex:
@@ -551,7 +567,9 @@ class Proxy:
                 rule, action, times = self._rules.pop(0)
                 if times > 1:
                     self._rules.insert(0, (rule, action, times - 1))
-            (self.looks if path == self.LOOK else self.seen).append((path, action))
+            self.looked.append((path, action))
+            if path not in (self.LOOK, "/version"):
+                self.seen.append((path, action))
             if spoiled:
                 self.reused.append(path)
             return action
@@ -863,31 +881,48 @@ def test_a_value_that_cannot_be_used_stops_the_start(name: str, text: str) -> No
 
 
 class Pki(NamedTuple):
-    """Folders with ca.crt, client.crt, client.key: of those who belong, and of strangers with a CA of their own.
+    """Folders with ca.crt, client.crt, client.key, and the same for server: of those who belong, of strangers with a CA
+    of their own, and lax ones without what RFC 5280 wants and nobody but CPython 3.13 asks for.
 
-    Beside them locked.key, which has a password, and garbage.
+    Beside the good ones locked.key, which has a password, and garbage.
     """
 
     good: Path
     strangers: Path
+    lax: Path
 
     def env(self, ca: str = "good", client: str = "good", **files: str) -> dict[str, str]:
         """The variables for these files; `files` are others for single ones, by variable."""
-        folders = {"good": self.good, "strangers": self.strangers}
+        folders = self._asdict()
         names = {"CA_CERT_PATH": (ca, "ca.crt"), "CLIENT_CERT_PATH": (client, "client.crt")}
         names |= {"CLIENT_KEY_PATH": (client, "client.key")} | {name: (client, file) for name, file in files.items()}
         return {"ETCD_TLS": "true", **{name: str(folders[whose] / file) for name, (whose, file) in names.items()}}
+
+    def port(self, client_ca: str = "") -> dict[str, str]:
+        """The variables for TLS on the daemon's own port; `client_ca`, a file, is for callers' certificates."""
+        files = {"CERT_PATH": "server.crt", "KEY_PATH": "server.key", "CLIENT_CA_PATH": client_ca}
+        return {f"SERVER_{name}": str(self.good / file) for name, file in files.items() if file}
+
+    def caller(self, whose: str = "") -> ssl.SSLContext:
+        """What a caller of that port trusts, and shows."""
+        context = ssl.create_default_context(cafile=str(self.good / "ca.crt"))
+        if whose:
+            context.load_cert_chain(*(self._asdict()[whose] / f"client.{kind}" for kind in ("crt", "key")))
+        return context
 
 
 @pytest.fixture(scope="session")
 def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
     """Made with the openssl CLI."""
-    folders = [tmp_path_factory.mktemp(name) for name in ("good", "strangers")]
+    folders = [tmp_path_factory.mktemp(name) for name in ("good", "strangers", "lax")]
     make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
-    make += " -addext keyUsage=critical,digitalSignature,keyCertSign"
+    usage = "-addext keyUsage=critical,digitalSignature,keyCertSign"
+    lax = "-config bare -addext authorityKeyIdentifier=none -addext basicConstraints=CA:"
+    (folders[2] / "bare").write_text("[req]\ndistinguished_name = names\n[names]\n")
     for folder, name in itertools.product(folders, ("ca", "server", "client")):
+        extensions = lax + str(name == "ca").upper() if folder == folders[2] else usage
         signer = "" if name == "ca" else "-CA ca.crt -CAkey ca.key -addext subjectAltName=IP:127.0.0.1"
-        command = f"{make} {signer} -subj /CN={name} -keyout {name}.key -out {name}.crt"
+        command = f"{make} {extensions} {signer} -subj /CN={name} -keyout {name}.key -out {name}.crt"
         subprocess.run(command.split(), cwd=folder, check=True, capture_output=True)
     lock = "openssl pkey -aes128 -passout pass:secret -in client.key -out locked.key"
     subprocess.run(lock.split(), cwd=folders[0], check=True, capture_output=True)
@@ -1314,6 +1349,338 @@ def test_a_shortage_of_descriptors_is_not_blamed_on_etcd_and_ends_no_lock(start:
 
     assert eventually(lambda: daemon.acquire(key + "-after").status == 201)
     assert "etcd member failed" not in daemon.log()
+
+
+# == Tokens: who may ask =============================================================================================
+
+TOKENS = "\n  first-token \n\n\t\nsecond-token\r\n \n"
+
+
+@pytest.fixture(scope="session")
+def guarded(folder: Path) -> Iterator[Daemon]:
+    """A daemon whose callers must show a token."""
+    (folder / "tokens").write_text(TOKENS)
+    with running(folder, "mock", SERVER_TOKEN_PATH=str(folder / "tokens"), DEBUG="true") as daemon:
+        yield daemon
+
+
+def with_token(daemon: Daemon, token: str) -> int:
+    """The status for who shows this token."""
+    return daemon.request("GET", "/lease?prefix=", None, {"Authorization": f"Bearer {token}"}).status
+
+
+@pytest.mark.parametrize("shown", [
+    "Bearer first-token", "bearer second-token", "BEARER \t first-token", "bEaReR second-token ",
+])  # fmt: skip
+def test_who_shows_one_of_the_tokens_may_ask(guarded: Daemon, key: str, shown: str) -> None:
+    lock = guarded.acquire(key, authorization=shown)
+    released = guarded.request("DELETE", "/lease", lock.body, {"authorization": shown})
+
+    assert (lock.status, released.status) == (201, 200)
+
+
+@pytest.mark.parametrize("shown", [
+    None, b"", b"Bearer", b"Bearer ", b"first-token", b"Basic first-token", b"Bearer:first-token", b"Bearer wrong",
+    b"Bearer FIRST-TOKEN", b"Bearer first-toke", b"Bearer first-tokens", b"Bearer first-token second-token",
+    b"Bearer \xff\xfe\x80", "Bearer ключ".encode(), b"Bearer " + b"x" * 50_000,
+    b"Bearer first-token\r\nAuthorization: Bearer first-token",
+], ids=lambda shown: ascii(shown)[:30])  # fmt: skip
+def test_anybody_else_is_401_for_all_but_health_and_readiness(guarded: Daemon, key: str, shown: bytes | None) -> None:
+    header = [] if shown is None else [b"Authorization: " + shown]
+    paths = [
+        "GET /lease?key=x",
+        "DELETE /lease",
+        "POST /keepalive",
+        "GET /metrics",
+        "GET /debug/pprof/",
+        "GET /nowhere",
+    ]
+    paths += ["PUT /lease", "GET /health/", "GET //health", "GET /Health", "GET http://x/lease?/health"]
+
+    answers = [talk(guarded, post(lock_body(key), *header))]
+    answers += [talk(guarded, get(path, *header, method=method)) for method, path in map(str.split, paths)]
+    open_to_all = [talk(guarded, get(path, *header)).status for path in ("/health", "/ready", "http://x/ready?a")]
+
+    assert {(answer.status, answer.headers["www-authenticate"]) for answer in answers} == {(401, "Bearer")}
+    one_line(answers[0], "authorization")
+    assert open_to_all == [200, 200, 200]
+    assert guarded.acquire(key, authorization="Bearer first-token").status == 201
+
+
+@pytest.mark.parametrize("announced", [
+    [b"Content-Length: 100"], [b"Transfer-Encoding: chunked"], [b"Content-Length: 100", b"Expect: 100-continue"],
+    [b"Content-Length: 99999999"], [b"Content-Length: no"],
+], ids=len)  # fmt: skip
+def test_401_is_said_before_a_body_is_waited_for_or_looked_at(guarded: Daemon, announced: list[bytes]) -> None:
+    assert talk(guarded, post(b"", b"Authorization: Bearer wrong", *announced)).status == 401
+
+
+def test_no_token_is_logged_or_part_of_an_answer(guarded: Daemon, key: str) -> None:
+    headers = [b"Authorization: Bearer %s", b"Authorization : Bearer %s", b"Authorization: Bearer %s\x01"]
+    headers += [b"Authorization: %s", b"X: 1\r\n Bearer %s"]
+
+    answers = [
+        talk(guarded, get("/lease?key=x", header % token))
+        for header, token in itertools.product(headers, (b"first-token", b"mistyped-token"))
+    ]
+
+    assert {answer.status for answer in answers} == {404, 401, 400}
+    assert not [answer for answer in answers if b"-token" in answer.body]
+    assert "-token" not in guarded.log()
+
+
+def test_a_token_that_is_added_works_within_a_second_and_one_that_is_taken_out_no_longer(
+    start: Start, tmp_path: Path
+) -> None:
+    file = tmp_path / "tokens"
+    file.write_text("old")
+    daemon = start("mock", SERVER_TOKEN_PATH=str(file))
+    found = [[with_token(daemon, token) for token in ("old", "new")]]
+
+    for text in ("old\nnew\n", "new\n"):
+        file.write_text(text)
+        time.sleep(1)
+        found.append([with_token(daemon, token) for token in ("old", "new")])
+
+    assert found == [[200, 401], [200, 200], [401, 200]]
+
+
+def test_tokens_that_are_written_within_one_tick_of_the_clock_are_noticed(start: Start, tmp_path: Path) -> None:
+    """Whoever writes a file in place empties it first, and a request may come in between."""
+    file = tmp_path / "tokens"
+    file.write_text("old")
+    daemon = start("mock", SERVER_TOKEN_PATH=str(file))
+    file.write_text("")
+    emptied = file.stat()
+    assert with_token(daemon, "old") == 200
+
+    file.write_text("new")
+    os.utime(file, ns=(emptied.st_atime_ns, emptied.st_mtime_ns))
+
+    eventually(lambda: (with_token(daemon, "old"), with_token(daemon, "new")) == (401, 200), 2)
+
+
+@pytest.mark.parametrize("harm", [
+    lambda file: file.write_text("\n \t\n"), Path.unlink, lambda file: (file.unlink(), file.mkdir()),
+], ids=["empty", "removed", "a folder"])  # fmt: skip
+def test_renewed_tokens_that_cannot_be_used_leave_the_old_in_force_with_one_warning(
+    start: Start, tmp_path: Path, harm: Callable[[Path], object]
+) -> None:
+    file = tmp_path / "tokens"
+    file.write_text("old")
+    daemon = start("mock", SERVER_TOKEN_PATH=str(file))
+
+    harm(file)
+    statuses = [with_token(daemon, token) for token in ("old", "", "old", "old")]
+    file.rename(tmp_path / "away") if file.exists() else None
+    (tmp_path / "next").write_text("new")
+    (tmp_path / "next").rename(file)
+
+    assert statuses == [200, 401, 200, 200]
+    assert len(re.findall("level=warning .*SHARED_LOCK_SERVER_TOKEN_PATH", daemon.log())) == 1
+    assert (with_token(daemon, "old"), with_token(daemon, "new")) == (401, 200)
+
+
+@pytest.mark.parametrize("env", [
+    {"SERVER_TOKEN_PATH": "/no/such/file"}, {"SERVER_TOKEN_PATH": os.devnull}, {"SERVER_TOKEN_PATH": "/"},
+    {"SERVER_CERT_PATH": "/c"}, {"SERVER_KEY_PATH": "/k"}, {"SERVER_CLIENT_CA_PATH": "/ca"},
+    {"SERVER_CERT_PATH": "/no/such/file", "SERVER_KEY_PATH": "/no/such/file"},
+    {"SERVER_CERT_PATH": __file__, "SERVER_KEY_PATH": __file__},
+    {"ETCD_USERNAME": "root"}, {"ETCD_PASSWORD": "secret"}, {"ETCD_PASSWORD": "secret", "ETCD_USERNAME": ""},
+], ids=lambda env: " ".join(env))  # fmt: skip
+def test_settings_of_who_may_ask_that_cannot_be_used_stop_the_start(env: dict[str, str]) -> None:
+    ended = run_module(SERVE, **{"STORAGE_TYPE": "mock", "SERVER_PORT": "0", **env})
+
+    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
+    assert any(f"SHARED_LOCK_{name}" in ended.stderr for name in env) and "secret" not in ended.stderr
+
+
+# == TLS on the own port =============================================================================================
+
+
+@pytest.fixture
+def start_tls(start: Start, pki: Pki) -> Start:
+    """As start, with TLS on the daemon's port and for our raw connections to it."""
+
+    def start_one(client_ca: str = "", storage: str = "mock", **env: str) -> Daemon:
+        daemon = start(storage, **{**pki.port(client_ca), **env})
+        daemon.tls = pki.caller()
+        return daemon
+
+    return start_one
+
+
+def tcp(daemon: Daemon, data: bytes = b"") -> socket.socket:
+    """A connection that does not shake hands."""
+    sock = socket.create_connection(("127.0.0.1", daemon.port), timeout=30)
+    sock.sendall(data)
+    return sock
+
+
+def test_over_tls_connections_are_kept_and_pipelining_is_answered_in_order(start_tls: Start, key: str) -> None:
+    client = Talk(start_tls(), HEALTH)
+    assert client.answer().status == 200
+
+    client.say(post(lock_body(key)) + post(lock_body(key)) + get("/nowhere"))
+    client.say(post(lock_body(key, KIB64)))
+
+    assert [client.answer().status for _ in range(4)] == [201, 202, 404, 202]
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_1, ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_tls_is_of_version_1_2_or_newer(start_tls: Start, version: ssl.TLSVersion) -> None:
+    daemon = start_tls()
+    assert daemon.tls
+    daemon.tls.set_ciphers("DEFAULT:@SECLEVEL=0")
+    with pytest.warns(DeprecationWarning) if version == ssl.TLSVersion.TLSv1_1 else contextlib.nullcontext():
+        daemon.tls.minimum_version = daemon.tls.maximum_version = version
+
+    with pytest.raises(ssl.SSLError) if version == ssl.TLSVersion.TLSv1_1 else contextlib.nullcontext():
+        assert talk(daemon, HEALTH).status == 200
+
+
+def test_plain_http_to_a_tls_port_is_closed_with_one_debug_line(start_tls: Start) -> None:
+    daemon = start_tls(DEBUG="true")
+
+    with tcp(daemon, HEALTH) as sock:
+        with contextlib.suppress(ConnectionResetError):
+            assert b"HTTP" not in sock.recv(1000)
+
+        port = sock.getsockname()[1]
+        [line] = eventually(lambda: [line for line in daemon.log().splitlines() if f":{port} " in line])
+    assert "level=debug" in line
+    assert talk(daemon, HEALTH).status == 200
+
+
+def test_a_thousand_connections_that_never_shake_hands_delay_nobody(start_tls: Start, key: str) -> None:
+    daemon = start_tls()
+
+    with contextlib.ExitStack() as stack:
+        for number in range(1000):
+            stack.enter_context(tcp(daemon, b"\x16\x03\x01" if number % 2 else b""))
+        began = time.monotonic()
+        status = talk(daemon, post(lock_body(key))).status
+
+    assert status == 201
+    assert time.monotonic() - began < 5  # a handshake may take 10 s
+
+
+@pytest.mark.parametrize("trickles", [False, True])
+def test_a_handshake_is_cut_at_the_read_timeout(start_tls: Start, trickles: bool) -> None:
+    daemon = start_tls(SERVER_READ_TIMEOUT="1s")
+    began = time.monotonic()
+
+    with tcp(daemon, b"\x16\x03\x01\x40\x00") as sock, contextlib.suppress(ConnectionError):
+        while not select.select([sock], [], [], 0.2 if trickles else 8)[0]:
+            sock.sendall(b"\x01")
+            assert time.monotonic() - began < 8
+        assert not sock.recv(100)
+
+    assert 0.9 < time.monotonic() - began < 8
+
+
+@pytest.mark.parametrize("file", ["server.crt", "server.key"])
+def test_a_renewed_certificate_is_served_to_the_next_connection_and_a_spoilt_one_is_not(
+    start: Start, pki: Pki, tmp_path: Path, file: str
+) -> None:
+    mine, context = shutil.copytree(pki.good, tmp_path / "mine"), ssl.create_default_context()
+    daemon = start("mock", **pki._replace(good=mine).port())
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    daemon.tls = context
+
+    def served() -> str:
+        with daemon.connect() as sock:
+            assert isinstance(sock, ssl.SSLSocket)
+            return ssl.DER_cert_to_PEM_cert(sock.getpeercert(True) or b"")
+
+    kept = Talk(daemon, HEALTH)
+    assert kept.answer().status == 200
+    (mine / file).write_text("-----BEGIN CERTIFICATE-----\nnonsense\n")
+    spoilt = [served() for _ in range(3)]
+    for name in ("server.crt", "server.key"):
+        shutil.copy(pki.strangers / name, mine / name)
+    renewed = served()
+    kept.say(HEALTH)
+
+    assert set(spoilt) == {(pki.good / "server.crt").read_text()}
+    assert renewed == (pki.strangers / "server.crt").read_text()
+    assert len(re.findall("level=warning .*SHARED_LOCK_SERVER_(CERT|KEY)_PATH", daemon.log())) == 1
+    assert kept.answer().status == 200
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+@pytest.mark.parametrize("whose", ["", "strangers", "good"])
+def test_where_callers_need_a_certificate_only_ours_are_served(
+    start_tls: Start, pki: Pki, whose: str, version: ssl.TLSVersion
+) -> None:
+    daemon = start_tls("ca.crt")
+    daemon.tls = pki.caller(whose)
+    daemon.tls.maximum_version = version
+
+    with (
+        contextlib.nullcontext() if whose == "good" else pytest.raises((ssl.SSLError, ConnectionError, AssertionError))
+    ):
+        assert talk(daemon, HEALTH).status == 200
+    daemon.tls = pki.caller("good")
+    assert talk(daemon, HEALTH).status == 200
+    assert "callers_need=certificate" in daemon.log() and "tls=yes" in daemon.log()
+
+
+def test_a_stop_over_tls_closes_the_silent_and_answers_all_others(start_tls: Start, key: str) -> None:
+    daemon = start_tls(SERVER_SHUTDOWN_TIMEOUT="30s", SERVER_READ_TIMEOUT="60s")
+    silent, late = ([Talk(daemon, HEALTH) for _ in range(5)] for _ in range(2))
+    assert {client.answer().status for client in (*silent, *late)} == {200}
+    unshaken, half = [tcp(daemon) for _ in range(5)], Talk(daemon, HEALTH[:-2])
+    assert talk(daemon, post(lock_body(key))).status == 201
+    waiting = [Talk(daemon, post(lock_body(key), b"x-lease-wait: 50s")) for _ in range(5)]
+    time.sleep(0.5)
+
+    began = time.monotonic()
+    daemon.process.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    for client in late:
+        client.say(HEALTH)
+    half.say(b"\r\n")
+    answers = [client.answer() for client in (*late, half, *waiting)]
+
+    assert [(answer.status, answer.headers["connection"]) for answer in answers] == [(200, "close")] * 6 + [
+        (202, "close")
+    ] * 5
+    assert [client.rest() for client in silent] == [b""] * 5
+    for sock in unshaken:
+        with contextlib.suppress(ConnectionResetError):
+            assert sock.recv(100) == b""
+        sock.close()
+    assert daemon.process.wait(20) == 0
+    assert time.monotonic() - began < 10
+
+
+def test_a_waiter_that_ended_its_half_over_tls_never_gets_the_lock(start_tls: Start, key: str) -> None:
+    daemon = start_tls(DEBUG="true")
+    lease = talk(daemon, post(lock_body(key))).body
+    waiter = Talk(daemon, post(lock_body(key), b"x-lease-wait: 50s"))
+    time.sleep(0.5)
+
+    socket.socket.shutdown(waiter.sock, socket.SHUT_WR)
+
+    eventually(lambda: f'connection lost" client=127.0.0.1:{waiter.port}' in daemon.log())
+    assert talk(daemon, get("/lease", b"Content-Length: %d" % len(lease), method="DELETE") + lease).status == 200
+    assert talk(daemon, post(lock_body(key))).status == 201
+
+
+def test_over_tls_a_client_that_never_reads_is_cut_at_the_write_timeout(start_tls: Start) -> None:
+    daemon = start_tls(SERVER_WRITE_TIMEOUT="1s")
+    before = eventually(daemon.descriptors)
+    client = Talk(daemon)
+    eventually(lambda: daemon.descriptors() == before + 1)
+
+    client.sock.settimeout(0.5)
+    with contextlib.suppress(TimeoutError):
+        for _ in range(4000):
+            client.sock.sendall(get("/metrics") * 10)
+
+    eventually(lambda: daemon.descriptors() == before, 20)
+    assert talk(daemon, HEALTH).status == 200
 
 
 # == API: paths, methods, bodies =====================================================================================
@@ -2910,12 +3277,16 @@ def test_a_storm_of_failures_is_counted_and_names_the_endpoint_and_the_reason_on
     assert f'member={nobody} reason="connection refused"' in daemon.log()
 
 
+def tls_options(folder: Path) -> list[str]:
+    """Options of an etcd that wants a client certificate, and shows one of this folder."""
+    files = {"--trusted-ca-file": "ca.crt", "--cert-file": "server.crt", "--key-file": "server.key"}
+    return ["--client-cert-auth", *(f"{option}={folder / name}" for option, name in files.items())]
+
+
 @pytest.fixture(scope="session")
 def tls_etcd(tmp_path_factory: pytest.TempPathFactory, pki: Pki) -> Iterator[Etcd]:
     """An etcd that wants a client certificate."""
-    files = {"--trusted-ca-file": "ca.crt", "--cert-file": "server.crt", "--key-file": "server.key"}
-    options = [f"{option}={pki.good / name}" for option, name in files.items()]
-    server = Etcd(tmp_path_factory.mktemp("tls"), "tls", None, "--client-cert-auth", *options)
+    server = Etcd(tmp_path_factory.mktemp("tls"), "tls", None, *tls_options(pki.good))
     try:
         yield server.start()
     finally:
@@ -2960,7 +3331,7 @@ def test_certificates_are_read_again_when_replaced(
     tls_etcd: Etcd, pki: Pki, start: Start, key: str, tmp_path: Path
 ) -> None:
     mine = shutil.copytree(pki.strangers, tmp_path / "mine")
-    daemon = start(tls_etcd.url, ETCD_TIMEOUT="1s", **Pki(mine, mine).env())
+    daemon = start(tls_etcd.url, ETCD_TIMEOUT="1s", **Pki(mine, mine, mine).env())
     refused = daemon.acquire(key)
 
     for name in ("ca.crt", "client.crt", "client.key"):
@@ -2968,6 +3339,354 @@ def test_certificates_are_read_again_when_replaced(
 
     assert refused.status == 500
     assert eventually(lambda: daemon.acquire(key).status == 201)
+
+
+@pytest.mark.parametrize("release", ["3.4.45", "3.5.22", "3.6.4", "3.5.23", "3.6.10"])
+def test_a_release_with_defects_is_warned_of_once_a_start(proxy: Proxy, start: Start, release: str) -> None:
+    proxy.rule = ("/version", release, 10**6)
+
+    daemon = start(proxy.url)
+    eventually(lambda: proxy.looked.count((Proxy.LOOK, "")) > 2)
+
+    warnings = re.findall("level=warning .*member=.* release=(.*) better=", daemon.log())
+    assert warnings == ([release] if release in ("3.4.45", "3.5.22", "3.6.4") else [])
+    assert proxy.looked.count(("/version", release)) == 1
+
+
+@pytest.mark.parametrize("whose", ["good", "lax"])
+def test_certificates_are_judged_as_go_and_curl_do(
+    tmp_path: Path, pki: Pki, start: Start, start_tls: Start, key: str, whose: str
+) -> None:
+    """CPython 3.13 and newer would refuse the lax ones."""
+    etcd = Etcd(tmp_path, "m0", None, *tls_options(pki._asdict()[whose]))
+    try:
+        etcd.start()
+        daemon, own_port = start(f"127.0.0.1:{etcd.port}", **pki.env(whose, whose)), start_tls(pki.lax / "ca.crt")
+        own_port.tls = pki.caller("lax")
+
+        assert eventually(daemon.ready)
+        assert (daemon.acquire(key).status, talk(own_port, HEALTH).status) == (201, 200)
+    finally:
+        etcd.stop()
+
+
+# == One list, two clusters ==========================================================================================
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Iterator[list[Etcd]]:
+    """Two clusters of one member each, of which a list may wrongly name both; not started yet."""
+    servers = [Etcd(tmp_path, name) for name in ("one", "other")]
+    yield servers
+    for server in servers:
+        server.stop()
+
+
+def split(daemon: Daemon, urls: list[str], key: str) -> bool:
+    """Whether the daemon grants nothing, is not ready, and names both members."""
+    answers = daemon.acquire(key), daemon.request("GET", "/ready")
+    return [answer.status for answer in answers] == [500, 503] and all(
+        url in answer.text for url in urls for answer in answers
+    )
+
+
+def test_of_two_clusters_in_one_list_none_grants_until_the_list_is_whole(
+    two: list[Etcd], start: Start, key: str, pool: Pool
+) -> None:
+    one, other = [member.start().wait() for member in two]
+    slow = Proxy(other)
+    slow.rule = (Proxy.LOOK, "hold", 10**6)
+    urls = [one.url, slow.url]
+
+    def start_and_take(number: int) -> tuple[Daemon, int]:
+        daemon = start(",".join(urls))
+        return daemon, daemon.acquire(key).status
+
+    daemons, statuses = zip(*pool.map(start_and_take, range(6)), strict=True)
+    assert statuses.count(201) <= 1 and set(statuses) <= {201, 202, 500}
+    assert all(split(daemon, urls, f"{key}-split") for daemon in daemons)
+
+    slow.close()
+    other.stop()
+    with contextlib.closing(Proxy(one, int(slow.url.rpartition(":")[2]))):  # in its place stands a member of the first
+        assert all(eventually(daemon.ready) for daemon in daemons)
+        taken = [daemon.acquire(f"{key}-whole").status for daemon in daemons]
+    assert sorted(taken) == [201, 202, 202, 202, 202, 202]
+
+
+def test_a_daemon_that_begins_with_the_wrong_cluster_tells_nobody_that_a_held_lock_is_gone(
+    two: list[Etcd], start: Start, key: str
+) -> None:
+    one, other = [member.start().wait() for member in two]
+    right, daemons = start(one.url), [start(f"{one.url},{other.url}", ETCD_TIMEOUT="1s") for _ in range(4)]
+    leases = [right.acquire(f"{key}-{number}").text for number in range(4)]
+
+    for number, daemon in enumerate(daemons):
+        for what in ("keepalive", "look", "release"):
+            assert ask_about(daemon, what, f"{key}-{number}", leases[number]).status in (200, 500), what
+
+
+def test_a_member_of_another_cluster_that_comes_later_is_never_used(two: list[Etcd], start: Start, key: str) -> None:
+    one, other = two[0].start().wait(), two[1]
+    daemon = start(f"{other.url},{one.url}", ETCD_TIMEOUT="1s")
+    leases = [daemon.acquire(f"{key}-{number}").text for number in range(2)]
+
+    other.start().wait()
+    eventually(lambda: split(daemon, [one.url, other.url], f"{key}-late"))
+    kept, released = daemon.keep_alive(leases[0]), daemon.release(leases[1])
+    one.stop()
+    alone = [daemon.keep_alive(leases[0]), daemon.release(leases[0]), daemon.look(f"{key}-0"), daemon.acquire(key)]
+
+    assert (kept.status, released.status) == (200, 200)
+    assert [answer.status for answer in alone] == [500] * 4
+    assert not other.leases()
+
+
+# == Names: several addresses, and name servers that say something else, or nothing ==================================
+
+RESOLVER = """
+import runpy, socket, sys, time
+
+real, file = socket.getaddrinfo, sys.argv.pop(1)
+
+def getaddrinfo(host, port, *more, **named):
+    with open(file) as lines:
+        names = dict(line.split(" ", 1) for line in lines)
+    if host not in names:
+        return real(host, port, *more, **named)
+    time.sleep(30 if names[host].strip() == "hangs" else 0)
+    if not names[host].strip(" \\nhangs"):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+    return [info for address in names[host].split() for info in real(address, port, *more, **named)]
+
+socket.getaddrinfo = getaddrinfo
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+class Names:
+    """What the daemon is told about names: addresses, nothing, or that the name server "hangs"."""
+
+    def __init__(self, folder: Path, **names: str) -> None:
+        self._file = folder / "names"
+        self.command = [PYTHON, "-c", RESOLVER, str(self._file), *SERVE]
+        self.tell(**names)
+
+    def tell(self, **names: str) -> None:
+        new = self._file.with_suffix(".new")
+        new.write_text("".join(f"{name}.test {addresses}\n" for name, addresses in names.items()))
+        new.rename(self._file)
+
+
+@pytest.fixture
+def hole(etcd: Etcd) -> Iterator[None]:
+    """Somebody at 127.0.0.3 who accepts connections to etcd's port, and never answers."""
+    with socket.create_server(("127.0.0.3", etcd.port)):
+        yield
+
+
+@pytest.mark.usefixtures("hole")
+@pytest.mark.parametrize("sick", ["127.0.0.2", "127.0.0.3", "127.0.0.2 127.0.0.3 127.0.0.4"])
+def test_of_the_addresses_of_a_name_the_one_that_answers_is_found_and_kept(
+    etcd: Etcd, start: Start, tmp_path: Path, key: str, sick: str
+) -> None:
+    daemon = start(f"m.test:{etcd.port}", command=Names(tmp_path, m=f"{sick} 127.0.0.1").command)
+
+    began = time.monotonic()
+    statuses = [daemon.acquire(f"{key}-{number}").status for number in range(20)]
+
+    assert statuses == [201] * 20
+    assert time.monotonic() - began < 5  # the budget of one
+    assert daemon.ready()
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6 here")
+def test_a_name_with_addresses_of_both_families_is_asked_at_both(
+    etcd: Etcd, start: Start, tmp_path: Path, key: str
+) -> None:
+    with contextlib.closing(Proxy(etcd, etcd.port, "::1")):
+        daemon = start(f"m.test:{etcd.port}", command=Names(tmp_path, m="127.0.0.2 ::1").command)
+
+        assert daemon.acquire(key).status == 201
+
+
+@pytest.mark.usefixtures("hole")
+@pytest.mark.parametrize("before", ["127.0.0.2", "127.0.0.3", ""])
+def test_a_name_is_looked_up_again_when_its_member_fails(
+    etcd: Etcd, start: Start, tmp_path: Path, key: str, before: str
+) -> None:
+    names = Names(tmp_path, m=before)
+    daemon = start(f"m.test:{etcd.port}", command=names.command, ETCD_TIMEOUT="1s")
+    down = daemon.acquire(key)
+
+    names.tell(m="127.0.0.1")
+
+    assert down.status == 500
+    assert eventually(lambda: daemon.acquire(key).status == 201)
+    assert [line for line in daemon.request("GET", "/metrics").text.splitlines() if "member_up{" in line] == [
+        f'shared_lock_etcd_member_up{{member="http://m.test:{etcd.port}"}} 1'
+    ]
+
+
+@pytest.mark.parametrize("before", ["hangs", "127.0.0.2"])
+def test_a_name_server_that_hangs_costs_nobody_more_than_the_budget(
+    etcd: Etcd, start: Start, tmp_path: Path, key: str, before: str
+) -> None:
+    names = Names(tmp_path, m=before)
+    daemon = start(f"m.test:{etcd.port},{etcd.url}", command=names.command, ETCD_TIMEOUT="2s")
+    first = together(1, lambda _: daemon.acquire(f"{key}-first"))
+    names.tell(m="hangs")
+
+    time.sleep(1.5)  # until the name is looked up again
+    more = together(20, lambda number: daemon.acquire(f"{key}-{number}"))
+
+    assert {answer.status for _, answer in first + more} == {201}
+    assert max(seconds for seconds, _ in first + more) < 2.5
+    assert (daemon.ready(), daemon.request("GET", "/health").status, daemon.stop()) == (True, 200, 0)
+
+
+def test_where_no_name_can_be_looked_up_answers_say_so_within_the_budget(
+    start: Start, tmp_path: Path, key: str
+) -> None:
+    daemon = start("m.test:1", command=Names(tmp_path, m="hangs").command, ETCD_TIMEOUT="1s")
+
+    began = time.monotonic()
+    answers = daemon.acquire(key), daemon.request("GET", "/ready")
+
+    assert [answer.status for answer in answers] == [500, 503]
+    assert time.monotonic() - began < 4
+    assert daemon.request("GET", "/health").status == 200
+
+
+def test_a_member_of_another_cluster_is_not_used_either_when_the_right_one_gets_another_address(
+    two: list[Etcd], start: Start, tmp_path: Path, key: str
+) -> None:
+    one, other = [member.start().wait() for member in two]
+    names = Names(tmp_path, one="127.0.0.1", other="127.0.0.2")
+    listed = f"one.test:{one.port},other.test:{other.port}"
+    daemon = start(listed, command=names.command, ETCD_TIMEOUT="1s")
+    assert eventually(lambda: daemon.acquire(key)).status == 201
+    names.tell(one="127.0.0.1", other="127.0.0.1")
+    eventually(lambda: not daemon.ready())
+
+    one.stop()
+    names.tell(one="127.0.0.2", other="127.0.0.1")  # it is restarted elsewhere, and not ready yet
+    time.sleep(4)
+
+    assert daemon.acquire(key).status == 500
+    assert not other.leases()
+
+
+# == etcd's auth =====================================================================================================
+
+
+def enable_auth(etcd: Etcd) -> None:
+    """Users root, lock (who may read and write our prefix) and other (another one); their passwords are secret."""
+    for name, first, end in (("root", b"", b""), ("lock", b"/shared-lock/", b"/shared-lock0"), ("other", b"a", b"b")):
+        etcd.call("/auth/user/add", {"name": name, "password": "secret"})
+        etcd.call("/auth/role/add", {"name": name})
+        keys = {"key": base64.b64encode(first).decode(), "range_end": base64.b64encode(end).decode()}
+        if first:
+            etcd.call("/auth/role/grant", {"name": name, "perm": {"permType": "READWRITE", **keys}})
+        etcd.call("/auth/user/grant", {"user": name, "role": name})
+    etcd.call("/auth/enable", {})
+
+
+def is_up(etcd: Etcd) -> bool:
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        return ask(etcd.port, "GET", "/health", timeout=3).status == 200
+    return False
+
+
+def start_as(start: Start, etcd: Etcd, user: str = "lock", password: str = "secret", **env: str) -> Daemon:
+    return start(etcd.url, ETCD_USERNAME=user, ETCD_PASSWORD=password, DEBUG="true", **env)
+
+
+def use(daemon: Daemon, key: str) -> list[int]:
+    """The statuses of a lock's life."""
+    lock = daemon.acquire(key)
+    own = daemon.acquire(key, **{"x-lease-id": lock.text})
+    answers = [lock, own, daemon.acquire(key), daemon.keep_alive(lock.text), daemon.look(key)]
+    answers += [daemon.request("GET", "/lease?prefix="), daemon.release(lock.text), daemon.keep_alive(lock.text)]
+    return [answer.status for answer in (*answers, daemon.look(key), daemon.request("GET", "/ready"))]
+
+
+WELL = [201, 201, 202, 200, 200, 200, 200, 204, 404, 200]
+
+
+def test_with_auth_a_user_who_may_use_our_prefix_is_enough(own_etcd: Etcd, start: Start, key: str) -> None:
+    before = start_as(start, own_etcd)
+    assert use(before, key) == WELL
+
+    enable_auth(own_etcd)
+
+    assert use(before, key) == use(start_as(start, own_etcd), key) == WELL
+    assert not re.search("secret|[A-Za-z]{16}[.][0-9]+", before.log())  # the password, a token of etcd
+
+
+@pytest.mark.parametrize("user, password, shown", [
+    ("", "", "user name is empty"), ("other", "secret", "permission denied"), ("lock", "mistyped", "authentication"),
+], ids=["without a user", "a user of other keys", "with a wrong password"])  # fmt: skip
+def test_who_may_not_is_told_so_with_few_tries_and_used_once_he_may(
+    own_etcd: Etcd, start: Start, key: str, user: str, password: str, shown: str
+) -> None:
+    enable_auth(own_etcd)
+    began = time.monotonic()
+    daemon = start_as(start, own_etcd, user, password)
+
+    answers = [answer for _, answer in together(30, lambda number: daemon.acquire(f"{key}-{number}"))]
+    answers += [daemon.keep_alive("5"), daemon.release("5"), daemon.look(key), daemon.request("GET", "/ready")]
+    tries, took = calls(own_etcd)["Authenticate"], time.monotonic() - began
+
+    allowed = {200, 204} if user == "other" or "/3.4." in ask(own_etcd.port, "GET", "/version").text else set()
+    assert {answer.status for answer in answers} - allowed == {500, 503}
+    assert all(answer.status in allowed or shown in answer.text for answer in answers)
+    assert tries <= took + 2
+    assert "mistyped" not in daemon.log() + "".join(answer.text for answer in answers)
+    assert daemon.log().count("log-in refused") == (password == "mistyped")
+    token = own_etcd.call("/auth/authenticate", {"name": "root", "password": "secret"})["token"]
+    ask(own_etcd.port, "POST", "/v3/auth/disable", "{}", {"Authorization": token})
+    assert eventually(daemon.ready)
+
+
+def test_one_log_in_serves_all_callers_when_etcd_has_lost_its_tokens(own_etcd: Etcd, start: Start, key: str) -> None:
+    enable_auth(own_etcd)
+    daemon = start_as(start, own_etcd)
+    leases = [answer.text for _, answer in together(30, lambda number: daemon.acquire(f"{key}-{number}"))]
+
+    own_etcd.stop()
+    own_etcd.start()
+    eventually(lambda: is_up(own_etcd))
+    answers = together(30, lambda number: daemon.keep_alive(leases[number]))
+    answers += together(30, lambda number: daemon.look(f"{key}-{number}"))
+
+    assert {answer.status for _, answer in answers} == {200}
+    assert calls(own_etcd)["Authenticate"] == 1
+
+
+def test_while_an_etcd_with_auth_is_killed_and_restarted_no_request_fails(
+    own_etcd: Etcd, start: Start, key: str, pool: Pool
+) -> None:
+    enable_auth(own_etcd)
+    daemon, done = start_as(start, own_etcd, ETCD_TIMEOUT="20s"), threading.Event()
+
+    def go_on(number: int) -> list[list[int]]:
+        return [use(daemon, f"{key}-{number}-{turn}") for turn in itertools.takewhile(not_done, itertools.count())]
+
+    def not_done(turn: int) -> bool:
+        return not done.is_set()
+
+    clients = [pool.submit(go_on, number) for number in range(8)]
+    for _ in range(3):
+        time.sleep(1)
+        own_etcd.stop()
+        own_etcd.start()
+        eventually(lambda: is_up(own_etcd))
+    time.sleep(1)
+    done.set()
+
+    assert [turn for client in clients for turn in client.result(60) if turn != WELL] == []
 
 
 # == Readiness and metrics ===========================================================================================
@@ -3728,6 +4447,76 @@ def test_a_frozen_member_is_used_again_when_it_is_well(cluster: Cluster, start: 
     assert daemon.release(served.text).status == 200
 
 
+# == Faults: members that say of living leases that they are gone ====================================================
+
+
+def ask_about(daemon: Daemon, what: str, key: str, lease: str) -> Answer:
+    """What the daemon says of this lock, asked in one of four ways."""
+    if what == "look":
+        return daemon.look(key)
+    if what == "acquire again":
+        return daemon.acquire(key, **{"x-lease-id": lease})
+    return daemon.keep_alive(lease) if what == "keepalive" else daemon.release(lease)
+
+
+@pytest.mark.parametrize("then", ["well", "no-leader"])
+@pytest.mark.parametrize("what, path", [
+    ("keepalive", "/v3/lease/keepalive"), ("acquire again", "/v3/lease/keepalive"), ("look", "/v3/lease/timetolive"),
+    ("release", "/v3/lease/timetolive"),
+])  # fmt: skip
+def test_who_says_once_that_a_living_lease_is_gone_is_not_believed(
+    etcd: Etcd, proxy: Proxy, start: Start, key: str, what: str, path: str, then: str
+) -> None:
+    daemon = start(proxy.url)
+    lock = daemon.acquire(key)
+    seen = len(proxy.looked)
+
+    proxy.rules((path, "gone", 1), (Proxy.LOOK, then, 1))
+    answer = ask_about(daemon, what, key, lock.text)
+
+    assert answer.status == (201 if what == "acquire again" else 200)
+    asked = proxy.looked[proxy.looked.index((path, "gone"), seen) :]
+    assert (Proxy.LOOK, then) in asked[1 : asked.index((path, ""))]  # a linearizable read comes in between
+    assert what == "release" or etcd.key(key) == {"create_revision": lock.token, "lease": int(lock.text), "value": b""}
+
+
+@pytest.mark.parametrize("what, status", [("keepalive", 204), ("release", 204), ("look", 404)])
+def test_a_lease_that_is_gone_is_told_so(on_etcd: Daemon, etcd: Etcd, key: str, what: str, status: int) -> None:
+    lease = on_etcd.acquire(key).text
+
+    etcd.call("/lease/revoke", {"ID": lease})
+
+    assert ask_about(on_etcd, what, key, lease).status == status
+
+
+def test_a_leader_that_wakes_up_tells_nobody_that_a_living_lease_is_gone(
+    cluster: Cluster, start: Start, key: str, pool: Pool
+) -> None:
+    leader, other = cluster.leader(), start(cluster.follower().url, ETCD_TIMEOUT="10s")
+    daemon, ways = start(leader.url, ETCD_TIMEOUT="20s"), ("keepalive", "release", "look")
+    assert eventually(daemon.ready) and eventually(other.ready)
+    together(48, lambda number: daemon.release(f"{number + 1}"))  # opens connections that are used when it wakes up
+
+    try:
+        freeze(leader)
+        wakes = time.monotonic() + 2.6
+        locks = list(pool.map(lambda number: other.acquire(f"{key}-{number}").text, range(48)))
+        time.sleep(max(0.3, wakes - 0.3 - time.monotonic()))
+        answers = [
+            pool.submit(ask_about, daemon, ways[number % 3], f"{key}-{number}", lease)
+            for number, lease in enumerate(locks)
+        ]
+        time.sleep(0.3)
+        leader.signal(signal.SIGCONT)
+        statuses = [answer.result(30).status for answer in answers]
+    finally:
+        cluster.heal()
+
+    assert set(statuses) <= {200, 500} and 200 in statuses
+    for number, lease in enumerate(locks):
+        assert other.release(lease).status == (204 if number % 3 == 1 and statuses[number] == 200 else 200)
+
+
 # == Faults: requests, answers and connections that break ============================================================
 
 ACTIONS = ["drop-request", "drop-answer", "cut", "late", "hold", "surplus", "503", "no-leader"]
@@ -3741,7 +4530,7 @@ def test_a_call_that_breaks_is_repeated_and_the_lock_is_ours_with_one_lease(
     etcd: Etcd, proxy: Proxy, start: Start, key: str, action: str, times: int, path: str
 ) -> None:
     daemon = start(proxy.url, ETCD_TIMEOUT="5s" if action != "late" else f"{Proxy.LATE_SECONDS * 1.6}s")
-    eventually(lambda: proxy.looks)
+    eventually(lambda: proxy.looked)
     before = etcd.leases()
 
     proxy.rule = (path, action, times)
@@ -3772,7 +4561,7 @@ def test_keepalive_and_release_are_repeated_too(etcd: Etcd, proxy: Proxy, start:
 def test_a_claim_is_only_sent_once_its_lease_is_granted(proxy: Proxy, start: Start, key: str) -> None:
     """If both came late, from a member that froze, they would take the key once more after its release."""
     daemon = start(proxy.url)
-    eventually(lambda: proxy.looks)
+    eventually(lambda: proxy.looked)
     daemon.acquire(key + " before")  # opens the connections
     seen = len(proxy.seen)
 
