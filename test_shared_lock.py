@@ -686,6 +686,7 @@ def test_a_log_that_is_not_read_in_time_delays_no_lock_and_tells_what_it_lost(st
         assert client.answer().status == 201
     done.set()
     eventually(lambda: daemon.acquire(f"again {next(_numbers)}").status and b"lines_lost=" in log)
+    [counted] = parse_metrics(daemon.request("GET", "/metrics").text)["shared_lock_log_lines_dropped_total"].values()
     status = daemon.stop()
     reader.join()
     pipe.close()
@@ -694,6 +695,7 @@ def test_a_log_that_is_not_read_in_time_delays_no_lock_and_tells_what_it_lost(st
     lost = sum(int(number) for line in lines for number in re.findall(r"lines_lost=([0-9]+)", line))
     assert status == 0
     assert len({line for line in lines if "event=granted key=unread-" in line}) + lost >= 3000 > lost > 0
+    assert 0 < counted <= lost
 
 
 def test_with_stderr_closed_the_log_goes_nowhere(start: Start) -> None:
@@ -701,6 +703,79 @@ def test_with_stderr_closed_the_log_goes_nowhere(start: Start) -> None:
 
     assert os.readlink(f"/proc/{daemon.process.pid}/fd/2") == os.devnull
     assert daemon.stop() == 0
+
+
+def events(daemon: Daemon, *names: str) -> list[dict[str, str]]:
+    """The fields of each line in the log whose event is one of these names; of all lines without any."""
+    word = re.compile(r'([a-z_]+)=(?:"((?:[^"\\]|\\.)*)"|(\S*))')
+    found = [word.findall(line) for line in daemon.log().splitlines()]
+    lines = [{name: quoted or plain for name, quoted, plain in words} for words in found]
+    return [line for line in lines if not names or line["event"] in names]
+
+
+def test_a_grant_and_a_release_are_logged_with_their_client(daemon: Daemon, key: str) -> None:
+    with contextlib.closing(Talk(daemon, post(b'{"key": "%s", "value": "w 1"}' % key.encode()))) as client:
+        lock = client.answer()
+        client.say(get("/lease", b"Content-Length: %d" % len(lock.body), method="DELETE") + lock.body)
+        assert client.answer().status == 200
+        address = f"127.0.0.1:{client.port}"
+
+    [granted] = [line for line in events(daemon, "granted") if line["key"] == key]
+    [released] = [line for line in events(daemon, "released") if line["key"] == key]
+    common = {"level": "info", "key": key, "lease": lock.text, "client": address}
+    more = {"event": "granted", "ttl": "10", "token": str(lock.token), "value": "w 1"}
+    assert {**granted, "time": ""} == {"time": "", **common, **more}
+    assert {**released, "time": ""} == {"time": "", **common, "event": "released"}
+
+
+def test_a_client_is_logged_as_ipv4_where_it_is_and_as_ipv6_where_it_is(start: Start) -> None:
+    daemon = start("mock", SERVER_HOST="")
+    clients = []
+
+    for address in ("127.0.0.1", "::1"):
+        with socket.create_connection((address, daemon.port), timeout=10) as sock:
+            sock.sendall(post(lock_body(address)))
+            assert sock.recv(12) == b"HTTP/1.1 201"
+            clients.append(str(sock.getsockname()[1]))
+
+    assert [line["client"] for line in events(daemon, "granted")] == [f"127.0.0.1:{clients[0]}", f"[::1]:{clients[1]}"]
+
+
+def test_the_log_begins_with_what_serves_where_and_for_whom(start: Start, etcd: Etcd, pki: Pki, tmp_path: Path) -> None:
+    (tmp_path / "tokens").write_text("secret-1\nsecret-2\n")
+    files = {"SERVER_CERT_PATH": "server.crt", "SERVER_KEY_PATH": "server.key", "SERVER_CLIENT_CA_PATH": "ca.crt"}
+    strict = {"SERVER_TOKEN_PATH": str(tmp_path / "tokens"), **{name: str(pki.good / at) for name, at in files.items()}}
+    address = etcd.url.removeprefix("http://")
+    both = {"storage": "etcd", "members": f"{address},localhost:{etcd.port}"}
+    expected: list[tuple[Daemon, dict[str, str]]] = [
+        (start("mock"), {"storage": "mock", "tls": "no", "callers_need": "nothing"}),
+        (start(f"{etcd.url}, localhost:{etcd.port}"), {**both, "tls": "no", "callers_need": "nothing"}),
+        (start("mock", **strict), {"storage": "mock", "tls": "yes", "callers_need": "token+certificate"}),
+    ]
+
+    for daemon, shown in expected:
+        told = {"level": "info", "event": "serving", "version": shared_lock.VERSION, **shown}
+        assert events(daemon)[0] | {"time": ""} == told | {"time": "", "address": f"127.0.0.1:{daemon.port}"}
+        assert "secret" not in daemon.log()
+
+
+def test_clients_that_simply_close_leave_no_line_in_the_debug_log(start: Start) -> None:
+    daemon = start("mock", DEBUG="true")
+    reset = struct.pack("ii", 1, 0)  # SO_LINGER: a close becomes a reset
+
+    for asks, resets in itertools.product((False, True), repeat=2):
+        client = Talk(daemon, HEALTH if asks else b"")
+        assert not asks or client.answer().status == 200
+        if resets:
+            client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+        client.close()
+    cut = Talk(daemon, HEALTH[:-2])
+    cut.close()
+
+    lost = eventually(lambda: events(daemon, "connection lost"))
+    assert daemon.stop() == 0
+    assert [line["client"] for line in lost] == [f"127.0.0.1:{cut.port}"]  # that one did not simply close
+    assert len(events(daemon)) == len(["serving", "request", "request", "connection lost", "stopping", "stopped"])
 
 
 # == Words: durations, settings ======================================================================================
@@ -823,6 +898,22 @@ def test_a_value_that_cannot_be_used_stops_the_start(name: str, text: str) -> No
 
     assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
     assert f"SHARED_LOCK_{name}" in ended.stderr and text in ended.stderr
+
+
+def test_a_variable_that_is_none_of_ours_is_warned_of_and_kubernetes_service_links_are_not(start: Start) -> None:
+    typos = {"ETCD_ADDRS": "http://secret:1", "ETCD_TIME_OUT": "5s", "SERVER_PORTS": "1", "server_port": "1", "": "x"}
+    link, at = "tcp://10.0.0.1:8080", "10.0.0.1"
+    links = {"SERVICE_HOST": at, "SERVICE_PORT": "8080", "SERVICE_PORT_HTTP_2": "8080", "PORT": link}  # "shared-lock"
+    links |= {"PORT_8080_TCP": link, "PORT_8080_TCP_PROTO": "tcp", "PORT_8080_TCP_PORT": "8080"}
+    links |= {"PORT_8080_TCP_ADDR": at, "WEB_SERVICE_HOST": at, "WEB_PORT": link, "WEB_PORT_53_UDP": "udp://[::1]:53"}
+
+    daemon = start("mock", **typos, **links)
+    daemon.request("GET", "/health")
+
+    warned = eventually(lambda: len(found := events(daemon, "unknown variable")) == len(typos) and found)
+    assert {line["variable"] for line in warned} == {f"SHARED_LOCK_{name}" for name in typos}
+    assert {line["level"] for line in warned} == {"warning"}
+    assert "secret" not in daemon.log()  # a password may be among the values
 
 
 class Pki(NamedTuple):
@@ -2478,38 +2569,122 @@ def test_it_starts_without_etcd_and_readiness_follows_etcd_while_health_does_not
         etcd.stop()
 
 
-def test_operations_are_counted_under_the_names_of_the_go_service(start: Start) -> None:
-    daemon = start("mock", CACHE_ENABLED="true")
+MUST_BE_FREE, MUST_EXIST = {"If-None-Match": "*"}, {"If-Match": "*"}
+GRANTS = "shared_lock_lease_grant_duration_seconds"
+MEMBER_UP, MEMBER_ERRORS = "shared_lock_etcd_member_up", "shared_lock_etcd_errors_total"
+Samples = dict[frozenset[tuple[str, str]], float]
 
-    lease = daemon.acquire("count-me", value="my-value").text
-    assert [daemon.acquire("count-me").status for _ in range(3)] == [202] * 3
+
+def metrics(daemon: Daemon) -> dict[str, Samples]:
+    """The page, which is as Prometheus wants it; promtool has a look, too, where there is one."""
+    answer = daemon.request("GET", "/metrics")
+    assert answer.headers["content-type"].replace(" ", "") == "text/plain;version=0.0.4;charset=utf-8"
+    if shutil.which("promtool"):
+        checked = subprocess.run(["promtool", "check", "metrics"], input=answer.body, capture_output=True, timeout=30)
+        assert (checked.returncode, checked.stdout + checked.stderr) == (0, b"")
+    return parse_metrics(answer.text)
+
+
+def of_member(daemon: Daemon, name: str, url: str) -> float:
+    return parse_metrics(daemon.request("GET", "/metrics").text)[name][frozenset({("member", url)})]
+
+
+def test_operations_are_counted_under_the_names_of_the_go_service(daemon: Daemon, key: str) -> None:
+    before = collections.Counter(operations(daemon))
+
+    lease = daemon.acquire(key, value="my-value").text
+    assert [daemon.acquire(key, **headers).status for headers in ({}, {}, MUST_BE_FREE)] == [202, 202, 412]
     assert [daemon.keep_alive(body).status for body in (lease, lease, "17", "x", '"x"')] == [200, 200, 204, 400, 500]
-    assert [daemon.release(body).status for body in (lease, lease, "x")] == [200, 204, 400]
-    assert [daemon.acquire(key, ttl).status for key, ttl in (("", "1s"), ("k", "x"), ("k", "1s"))] == [400, 400, 201]
+    assert daemon.request("POST", "/keepalive", "17", MUST_EXIST).status == 412
+    assert [daemon.release(body).status for body in (lease, lease, "x", '"x"')] == [200, 204, 400, 500]
+    assert daemon.request("DELETE", "/lease", lease, MUST_EXIST).status == 412
+    assert [daemon.acquire(k, ttl).status for k, ttl in (("", "1s"), (key, "x"), (key, "1s"))] == [400, 400, 201]
 
-    assert operations(daemon) == {"get created": 2, "get accepted": 3, "prolong success": 2, "prolong failure": 1,
-                                  "release success": 1, "release failure": 1}  # fmt: skip
-    assert operations(daemon, "cache") == {"get success": 3, "get failure": 2, "set success": 2, "evict success": 1}
+    assert collections.Counter(operations(daemon)) - before == {
+        "get created": 2, "get accepted": 3, "prolong success": 2, "prolong failure": 2, "release success": 1,
+        "release failure": 2,
+    }  # fmt: skip
     text = daemon.request("GET", "/metrics").text
-    assert not any(secret in text for secret in ("count-me", "my-value", lease))
+    assert not any(secret in text for secret in (key, "my-value", lease))
+
+
+@pytest.mark.parametrize("storage", ["memory", "etcd"])
+def test_what_alerts_rely_on_is_on_the_page_from_the_start(start: Start, etcd: Etcd, storage: str) -> None:
+    daemon = start("mock" if storage == "memory" else etcd.url)
+
+    page = metrics(daemon)
+
+    wanted = {("get", status) for status in ("created", "accepted", "error")}
+    wanted |= {(name, status) for name in ("prolong", "release") for status in ("success", "failure", "error")}
+    labels = [frozenset({("operation", name), ("status", status)}) for name, status in wanted]
+    assert page["shared_lock_lease_operations_total"] == dict.fromkeys(labels, 0)
+    assert page["shared_lock_build_info"] == {frozenset({("version", shared_lock.VERSION)}): 1}
+    assert page["shared_lock_waiting"] == page["shared_lock_log_lines_dropped_total"] == {frozenset(): 0}
+    members = [] if storage == "memory" else [frozenset({("member", etcd.url)})]
+    assert list(page.get(MEMBER_UP, ())) == list(page.get(MEMBER_ERRORS, ())) == members
+
+
+def test_the_page_tells_about_its_process(start: Start) -> None:
+    daemon = start("mock")
+
+    page = metrics(daemon)
+    process = {name: values[frozenset()] for name, values in page.items() if name.startswith("process_")}
+    limit = resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE)[0]
+
+    assert abs(process.pop("process_start_time_seconds") - time.time()) < 60
+    assert 0 < process.pop("process_cpu_seconds_total") < 60
+    assert 8 << 20 < process.pop("process_resident_memory_bytes") < 256 << 20
+    assert abs(process.pop("process_open_fds") - daemon.descriptors()) < 5
+    assert process == {"process_max_fds": limit}
+
+
+def test_uses_of_the_cache_are_counted_under_the_names_of_the_go_service(start: Start) -> None:
+    daemon = start("mock", CACHE_ENABLED="true", CACHE_SIZE="2")
+    before = operations(daemon, "cache")
+
+    statuses = [daemon.acquire("a", "1s").status, daemon.acquire("a").status]  # miss, success; hit
+    time.sleep(1.05)
+    statuses.append(daemon.acquire("a").status)  # expired, update
+    statuses += [daemon.acquire(key).status for key in "bc"]  # misses, successes; the second drops a
+    statuses.append(daemon.acquire("a").status)  # miss; held, which is remembered; drops b
+
+    assert (before, statuses) == ({}, [201, 202, 201, 201, 201, 202])
+    assert operations(daemon, "cache") == {
+        "get miss": 4, "get hit": 1, "get expired": 1, "set success": 4, "set update": 1, "evict size_limit": 2
+    }  # fmt: skip
+    assert metrics(daemon)  # a page of this is well-formed, too
 
 
 def test_the_time_of_grants_is_a_cumulative_histogram(start: Start) -> None:
     daemon = start("mock")
     for number in range(5):
         daemon.acquire(str(number))
-    daemon.acquire("0")
+    lease = daemon.acquire("held").text
+    refusals = [daemon.acquire("held", **headers).status for headers in ({}, {}, MUST_BE_FREE)]
+    daemon.acquire("held", **{"x-lease-wait": "1s"})
+    others = [daemon.acquire("").status, daemon.acquire("k", "x").status, daemon.keep_alive(lease).status]
 
-    answer = daemon.request("GET", "/metrics")
+    page = metrics(daemon)
 
-    assert answer.headers["content-type"].replace(" ", "") == "text/plain;version=0.0.4;charset=utf-8"
-    samples, name = parse_metrics(answer.text), "shared_lock_lease_grant_duration_seconds"
-    buckets = {float(dict(labels)["le"]): count for labels, count in samples[name + "_bucket"].items()}
-    assert {dict(labels)["operation"] for labels in samples[name + "_bucket"]} == {"get"}
-    assert (min(buckets), sorted(buckets)[-2], max(buckets)) == (0.001, 10, math.inf)
-    assert list(buckets) == sorted(buckets) and list(buckets.values()) == sorted(buckets.values())
-    assert buckets[math.inf] == samples[name + "_count"][frozenset({("operation", "get")})] == 5
-    assert 0 < samples[name + "_sum"][frozenset({("operation", "get")})] < 5
+    buckets = {float(dict(labels)["le"]): count for labels, count in page[GRANTS + "_bucket"].items()}
+    bounds = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, math.inf]
+    assert (refusals, others) == ([202, 202, 412], [400, 400, 200])
+    assert {dict(labels)["operation"] for labels in page[GRANTS + "_bucket"]} == {"get"}
+    assert list(buckets) == bounds and list(buckets.values()) == sorted(buckets.values())
+    get_only = frozenset({("operation", "get")})
+    assert buckets[math.inf] == page[GRANTS + "_count"][get_only] == 5 + 1 + 3 + 1
+    assert 0 < page[GRANTS + "_sum"][get_only] < 0.9  # without the second in line
+
+
+def test_a_grant_that_took_its_time_is_in_a_later_bucket(start: Start, proxy: Proxy, key: str) -> None:
+    daemon = start(proxy.url)
+    eventually(daemon.ready)
+    proxy.rule = ("/v3/lease/grant", "hold", 1)
+
+    assert daemon.acquire(key).status == 201
+
+    buckets = {float(dict(labels)["le"]): count for labels, count in metrics(daemon)[GRANTS + "_bucket"].items()}
+    assert (buckets[0.25], buckets[8], buckets[math.inf]) == (0, 1, 1)
 
 
 def test_a_caller_that_waits_is_counted_once(start: Start, pool: Pool) -> None:
@@ -2517,11 +2692,74 @@ def test_a_caller_that_waits_is_counted_once(start: Start, pool: Pool) -> None:
     lease = daemon.acquire("k").text
     daemon.acquire("k", **{"x-lease-wait": "1s"})
     [waiter] = waiters(pool, daemon, "k")
+    in_line = metrics(daemon)["shared_lock_waiting"][frozenset()]
 
     daemon.release(lease)
 
     assert waiter.result(5).status == 201
     assert operations(daemon) == {"get created": 2, "get accepted": 1, "release success": 1}
+    assert (in_line, metrics(daemon)["shared_lock_waiting"][frozenset()]) == (1, 0)
+
+
+def test_requests_are_counted_by_path_method_and_code(start: Start) -> None:
+    daemon = start("mock", PPROF_ENABLED="true")
+
+    lease = daemon.acquire("k").text
+    daemon.acquire("k")
+    daemon.acquire("k", **MUST_BE_FREE)
+    daemon.look("k")
+    daemon.keep_alive(lease)
+    daemon.release(lease)
+    for method, path in [("HEAD", "/health"), ("GET", "/ready"), ("GET", "/debug/pprof/"), ("PATCH", "/lease"),
+                         ("BREW", "/tea"), ("GET", "/lease/")]:  # fmt: skip
+        daemon.request(method, path)
+    talk(daemon, b"nonsense\r\n\r\n")
+
+    named = ["path", "method", "code"]
+    counted = metrics(daemon)["shared_lock_http_requests_total"]
+    assert {" ".join(dict(labels)[name] for name in named): n for labels, n in counted.items()} == {
+        "/lease POST 201": 1, "/lease POST 202": 1, "/lease POST 412": 1, "/lease GET 200": 1,
+        "/keepalive POST 200": 1, "/lease DELETE 200": 1, "/health HEAD 200": 1, "/ready GET 200": 1,
+        "/debug/pprof/ GET 200": 1, "/lease other 405": 1, "other other 404": 2, "other other 400": 1,
+    }  # fmt: skip
+
+
+def test_the_words_of_clients_never_make_the_page_grow(start: Start) -> None:
+    daemon, chance = start("mock"), random.Random(14)
+
+    def nonsense(kind: str) -> bytes:
+        word = "".join(chance.choices("abcxyzABC", k=9))
+        path = {"path": f"/{word}", "method": "/keepalive", "query": f"/lease?key={word}", "version": "/x"}[kind]
+        head = get(path, method=word if kind == "method" else "GET", version="3.1" if kind == "version" else "1.1")
+        return head if kind != "version" else head.replace(b"HTTP/3.1", b"HTTP/1.1\r\n" + word.encode())
+
+    def send(count: int) -> set[str]:
+        requests = [nonsense(kind) for kind in itertools.islice(itertools.cycle(["path", "method", "query"]), count)]
+        with contextlib.closing(Talk(daemon)) as client:
+            for first in range(0, count, 100):
+                client.say(b"".join(requests[first : first + 100]))
+                assert {client.answer().status for _ in requests[first : first + 100]} == {404, 405}
+        assert {talk(daemon, nonsense("version")).status for _ in range(count // 100)} <= {400}
+        return {f"{name} {sorted(labels)}" for name, values in metrics(daemon).items() for labels in values}
+
+    daemon.request("GET", "/metrics")
+    assert send(300) == send(10_000)
+
+
+def test_a_member_that_nobody_asks_is_watched(cluster: Cluster, start: Start) -> None:
+    daemon, victim = start(cluster.urls), cluster.follower()
+    others = [member.url for member in cluster.members if member is not victim]
+    eventually(lambda: all(of_member(daemon, MEMBER_UP, member.url) for member in cluster.members))
+    assert of_member(daemon, MEMBER_ERRORS, victim.url) == 0
+
+    kill(victim)
+
+    eventually(lambda: of_member(daemon, MEMBER_UP, victim.url) == 0, 2)
+    assert of_member(daemon, MEMBER_ERRORS, victim.url) > 0
+    assert [of_member(daemon, MEMBER_UP, url) for url in others] == [1, 1]
+    cluster.heal()
+    eventually(lambda: of_member(daemon, MEMBER_UP, victim.url) == 1, 5)
+    assert operations(daemon) == {}  # all this by itself
 
 
 # == Profiles ========================================================================================================
@@ -2712,9 +2950,19 @@ def test_help_names_every_variable_and_a_wrong_command_shows_the_usage() -> None
     shown, bare, wrong = run_module([SERVE[0], "--help"]), run_module(SERVE[:1]), run_module([SERVE[0], "sevre"])
 
     assert (shown.returncode, bare.returncode, wrong.returncode) == (0, 2, 2)
-    names = {f"SHARED_LOCK_{name}" for name, _ in UNUSABLE} | {"SHARED_LOCK_SERVER_HOST", "SHARED_LOCK_CLIENT_KEY_PATH"}
+    names = {shared_lock.variable(one.name) for one in dataclasses.fields(shared_lock.Config)}
     assert names <= set(shown.stdout.split()) and shown.stderr == ""
-    assert bare.stderr.startswith("usage: ") and "sevre" in wrong.stderr and "serve" in wrong.stderr
+    usage = "usage: shared_lock.py [-h] [--version] {serve}"
+    assert all(text.startswith(usage) for text in (shown.stdout, bare.stderr, wrong.stderr)), shown.stdout
+    assert "sevre" in wrong.stderr
+
+
+def test_the_version_is_told_in_one_word_that_all_others_repeat() -> None:
+    told = run_module([SERVE[0], "--version"])
+
+    assert (told.returncode, told.stderr) == (0, "")
+    assert re.fullmatch(r"shared-lock \d+\.\d+\.\d+\n", told.stdout)  # the log and the metrics tell VERSION, too
+    assert told.stdout.split() == ["shared-lock", shared_lock.VERSION]
 
 
 @pytest.mark.parametrize("family, taken, host", [
