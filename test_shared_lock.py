@@ -4135,6 +4135,176 @@ def test_the_health_check_of_the_image_tells_a_daemon_from_none(on_memory: Daemo
     assert check(free_port()) == 1
 
 
+# == README.md: what it shows is run as it stands ====================================================================
+
+README = (HERE / "README.md").read_text()
+
+
+def blocks(kind: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{kind}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def shell(name: str) -> str:
+    """The path of a shell. sh is everywhere; where another is not installed, its test is skipped."""
+    path = shutil.which(name)
+    if not path and name != "sh":
+        pytest.skip(f"no {name} on this machine")
+    assert path, "no sh on PATH"
+    return path
+
+
+@pytest.mark.parametrize("options", ["sh -i", "bash --norc -i", "zsh -f -i"])
+def test_the_first_screen_can_be_pasted_into_a_shell_and_prints_what_it_says(tmp_path: Path, options: str) -> None:
+    name, *rest = options.split()
+    command, port = [shell(name), *rest], free_port()
+    screen = README.partition("\n## ")[0]
+    shutil.copy(SERVE[0], tmp_path)
+    (tmp_path / "python3").write_text(f'#!/bin/sh\nexec {shlex.quote(PYTHON)} "$@"\n')
+    (tmp_path / "python3").chmod(0o755)
+    (tmp_path / ".curlrc").write_text(f'connect-to = "localhost:8080::{port}"\n')  # others may use the port 8080
+    home = {"HOME": str(tmp_path), "CURL_HOME": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    env = clean_env() | home | {"SHARED_LOCK_SERVER_PORT": str(port)}
+
+    pasted = "".join(f"{block}echo '<end of block>'\n" for block in blocks("sh", screen))
+    ended = subprocess.run(
+        command, input=pasted, env=env, cwd=tmp_path, text=True, capture_output=True, timeout=60,
+        start_new_session=True,  # an interactive shell takes the terminal
+    )  # fmt: skip
+
+    printed = [part.lstrip("\n") for part in ended.stdout.split("<end of block>")]
+    ttl = re.compile('(?<="ttl": )5[0-9]')  # what is left of 60 s
+    assert (ended.returncode, len(printed)) == (0, 5), ended.stderr
+    assert [ttl.sub("59", part) for part in printed] == [*blocks("text", screen), "", ""]
+    log = (tmp_path / "shared_lock.log").read_text()
+    assert log.count("event=granted") == log.count("event=released") == log.count("event=stopped") == 1
+
+
+class Guarded:
+    """The README's script for cron, in sh; its job is a line for sh that runs in a folder of its own."""
+
+    def __init__(self, folder: Path, url: str, key: str, job: str) -> None:
+        [script] = [block for block in blocks("sh") if block.startswith("#!/bin/sh\n")]
+        settings = {"SHARED_LOCK_URL": url, "SHARED_LOCK_KEY": key, "SHARED_LOCK_TTL": "10", "SHARED_LOCK_JOB": job}
+        self.folder = folder
+        (folder / "script").write_text(script)
+        self.process = subprocess.Popen(
+            [shell("sh"), "script"], cwd=folder, env=clean_env() | settings, stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def wait(self) -> tuple[int, str]:
+        """Its exit status and what it says; dash says "Terminated" of the keeper, too."""
+        said = self.process.communicate(timeout=30)[1]
+        return self.process.returncode, said.replace("Terminated\n", "")
+
+    def has(self, name: str) -> bool:
+        """Whether the job has made this file."""
+        return (self.folder / name).exists()
+
+
+@pytest.fixture
+def guarded(tmp_path: Path, on_memory: Daemon, key: str) -> Iterator[Callable[..., Guarded]]:
+    """Starts the script: guarded("a line for sh", url); it ends with the test."""
+    started: list[Guarded] = []
+
+    def start_one(job: str, url: str = on_memory.url) -> Guarded:
+        started.append(Guarded(tmp_path, url, key, job))
+        return started[-1]
+
+    yield start_one
+    for one in started:
+        if one.process.poll() is None:
+            one.process.terminate()
+            one.wait()
+
+
+def test_of_two_copies_of_the_readmes_script_one_runs_its_job(
+    guarded: Callable[..., Guarded], on_memory: Daemon, key: str, tmp_path: Path
+) -> None:
+    copies = [guarded("echo ran >>ran; while [ ! -e go ]; do sleep 0.05; done; exit 7") for _ in range(2)]
+
+    refused = eventually(lambda: next((one for one in copies if one.process.poll() is not None), None))
+    assert (refused.wait(), is_free(on_memory, key)) == ((73, ""), False)
+    (tmp_path / "go").touch()
+
+    [holder] = [one for one in copies if one is not refused]
+    assert holder.wait() == (7, "")  # the job's
+    assert (tmp_path / "ran").read_text() == "ran\n"
+    assert is_free(on_memory, key)
+
+
+def test_the_readmes_script_keeps_its_lock_until_it_is_stopped(
+    guarded: Callable[..., Guarded], on_memory: Daemon, key: str
+) -> None:
+    renewed = operations(on_memory).get("prolong success", 0)
+    holder = guarded("trap 'sleep 0.5; echo >stopped; exit' TERM; echo >began; while :; do sleep 0.05; done")
+
+    eventually(lambda: operations(on_memory).get("prolong success", 0) > renewed, 15)
+    holder.process.terminate()
+
+    assert holder.wait() == (143, "")
+    assert holder.has("stopped") and is_free(on_memory, key)
+
+
+@pytest.mark.parametrize("loss", ["released", "frozen"])
+def test_the_readmes_script_stops_its_job_when_the_lock_is_lost_or_may_be(
+    guarded: Callable[..., Guarded], start: Start, key: str, tmp_path: Path, loss: str
+) -> None:
+    daemon, job = start("mock"), {"released": "trap 'echo >stopped; exit 0' TERM", "frozen": "trap '' TERM"}[loss]
+    holder = guarded(f"{job}; while :; do echo >beat; sleep 0.05; done", daemon.url)
+    eventually(lambda: holder.has("beat"))
+    began = time.monotonic()
+
+    if loss == "released":
+        [granted] = events(daemon, "granted")
+        assert daemon.release(granted["lease"]).status == 200
+        assert daemon.acquire(key).status == 201
+        ended = holder.wait()
+    else:
+        daemon.process.send_signal(signal.SIGSTOP)
+        eventually(lambda: time.time() - (tmp_path / "beat").stat().st_mtime > 1.5, 20)
+        assert time.monotonic() - began - 1.5 < 10  # before the ttl is over
+        daemon.process.send_signal(signal.SIGCONT)
+        ended = holder.wait()
+
+    assert ended == (75, "the lock is lost, or may be soon: the job is stopped\n")
+    assert holder.has("stopped") == (loss == "released")
+    assert is_free(daemon, key) == (loss == "frozen")  # the next holder's lock is not touched
+
+
+def test_without_a_service_the_readmes_script_runs_nothing(guarded: Callable[..., Guarded]) -> None:
+    alone = guarded("echo >ran", f"http://127.0.0.1:{free_port()}")
+
+    assert alone.wait() == (69, "no lock: status 000\n")
+    assert not alone.has("ran")
+
+
+def test_the_alert_rules_ask_for_samples_that_are_there_from_the_start(
+    start: Start, etcd: Etcd, tmp_path: Path
+) -> None:
+    [rules] = blocks("yaml")
+    page = metrics(start(etcd.url))
+
+    asked = re.findall(r"(shared_lock_\w+)(?:\{(.*?)\})?", rules)
+    wanted = [(name, set(re.findall(r'(\w+)="(\w+)"', labels))) for name, labels in asked]
+    assert len(wanted) >= 5
+    for name, labels in wanted:
+        assert any(labels <= found for found in page[name]), (name, labels)
+    if shutil.which("promtool"):
+        (tmp_path / "rules.yaml").write_text(rules)
+        command = ["promtool", "check", "rules", str(tmp_path / "rules.yaml")]
+        checked = subprocess.run(command, text=True, capture_output=True, timeout=30)
+        assert (checked.returncode, "3 rules found" in checked.stdout) == (0, True), checked.stdout + checked.stderr
+
+
+def test_the_readme_lists_every_variable_with_its_default() -> None:
+    table = dict(re.findall(r"^\| (SHARED_LOCK_\w+) \| (.*?) ?\| .+ \|$", README, re.MULTILINE))
+
+    assert table == {
+        shared_lock.variable(one.name): one.metadata["default"] for one in dataclasses.fields(shared_lock.Config)
+    }
+
+
 # == Benchmark: how fast, beside one raw gateway call of the same kind ===============================================
 
 WRK_SECONDS = int(os.environ.get("SHARED_LOCK_BENCHMARK_SECONDS", "4"))  # for one load
