@@ -37,6 +37,7 @@ import contextlib
 import copy
 import errno
 import functools
+import gc
 import hmac
 import http
 import http.server
@@ -77,6 +78,8 @@ MAX_BODY_BYTES = 64 << 10  # of a request
 MAX_HEAD_BYTES = 64 << 10  # of a request line and its headers together
 MAX_HEADERS = 100
 INT64 = range(-(1 << 63), 1 << 63)
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
 # What our own process lacks, descriptors, memory or ports, and nobody else is to blame for.
 OWN_SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL}
 
@@ -143,11 +146,12 @@ def quote(value: object) -> str:
 
 
 class BadRequest(Exception):
-    """The request is wrong, and the text says what about it. `status` is a 4xx, or 5xx where the contract says so."""
+    """The request has no better answer than this error: a 4xx, or a 5xx where the contract says so."""
 
-    def __init__(self, text: str, status: int = 400) -> None:
+    def __init__(self, text: str, status: int = 400, *headers: tuple[str, str]) -> None:
         super().__init__(text)
         self.status = status
+        self.headers = headers
 
 
 class ConfigError(Exception):
@@ -175,13 +179,13 @@ class OutcomeUnknown(StorageError):
 
 
 class LockRequest(NamedTuple):
-    """What a POST /lease asks for. `lease` is the ID that the caller chose; 0: it did not."""
+    """What a POST /lease asks for; ttl and wait are in seconds."""
 
     key: str
     value: str = ""
     ttl: int = DEFAULT_TTL_SECONDS
     wait: float = 0
-    lease: int = 0
+    lease: int = 0  # the ID that the caller chose, or 0
     client: str = ""  # its address, for the log
     hung_up: Callable[[], bool] = lambda: False  # tells whether the caller has gone meanwhile
 
@@ -262,35 +266,25 @@ def between(low: float, high: float, parse: Callable[[str], Any], unit: str = ""
     return parse_in_range
 
 
-def duration(low: float, high: float) -> Callable[[str], float]:
+def duration(low: float, high: float, rounded: Callable[[Fraction], float] = float) -> Callable[[str], Any]:
     """A parser of durations, in seconds."""
-    return between(low, high, lambda text: float(parse_duration(text)), "s")
+    return between(low, high, lambda text: rounded(parse_duration(text)), "s")
 
 
-def ttl_up_to(limit: int) -> Callable[[str], int]:
-    """A parser of durations that are rounded up to whole seconds."""
-    return between(1, limit, lambda text: math.ceil(parse_duration(text)), "s")
+def matching(pattern: str, expected: str, convert: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A parser of texts that match the whole pattern."""
+
+    def parse(text: str) -> Any:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(f"not {expected}: {quote(text)}")
+        return convert(text)
+
+    return parse
 
 
-def whole(text: str) -> int:
-    if not re.fullmatch("-?[0-9]{1,19}", text):
-        raise ValueError(f"not a whole number: {quote(text)}")
-    return int(text)
-
-
-def boolean(text: str) -> bool:
-    """As Go's strconv.ParseBool. Raises ValueError."""
-    if text not in ("1", "t", "T", "TRUE", "true", "True", "0", "f", "F", "FALSE", "false", "False"):
-        raise ValueError(f"not a boolean, true or false: {quote(text)}")
-    return text[0] in "1tT"
-
-
-def storage_type(text: str) -> str:
-    if text not in ("etcd", "mock"):
-        raise ValueError(f"not etcd or mock: {quote(text)}")
-    return text
-
-
+whole = matching("-?[0-9]{1,19}", "a whole number", int)
+# As Go's strconv.ParseBool.
+boolean = matching("[1tT]|TRUE|[tT]rue|[0fF]|FALSE|[fF]alse", "a boolean, true or false", lambda text: text[0] in "1tT")
 _ENDPOINT = re.compile(r"(?:(https?)://)?(?:\[([0-9A-Fa-f:.%]+)\]|([^\s:/?#@\[\]]+)):([0-9]{1,5})/?")
 
 
@@ -301,7 +295,7 @@ def endpoints(text: str) -> tuple[Address, ...]:
         match = _ENDPOINT.fullmatch(part.strip())
         if not match or not 0 < int(match[4]) < 65536:
             raise ValueError(f"not an endpoint, as in http://host:2379: {quote(part)}")
-        addresses.append(Address(match[2] or match[3], int(match[4]), (match[1] == "https") if match[1] else None))
+        addresses.append(Address(match[2] or match[3], int(match[4]), match[1] == "https" if match[1] else None))
     return tuple(addresses)
 
 
@@ -316,6 +310,7 @@ def setting(default: str, parse: Callable[[str], Any], meaning: str) -> Any:
 
 
 _timeout, _budget = duration(0, MAX_TTL_SECONDS), duration(0.001, MAX_TTL_SECONDS)
+_storage = matching("etcd|mock", "etcd or mock", str)
 
 
 @dataclass(frozen=True)
@@ -332,8 +327,8 @@ class Config:
     server_cert_path: str = setting("", str, "TLS on the own port, with this certificate")
     server_key_path: str = setting("", str, "the key of that certificate")
     server_client_ca_path: str = setting("", str, "callers must show a certificate that this CA signed")
-    max_ttl: int = setting("9000000000s", ttl_up_to(MAX_TTL_SECONDS), "the longest ttl that a caller is granted")
-    storage_type: str = setting("etcd", storage_type, "etcd, or mock: in memory, lost with the process")
+    max_ttl: int = setting("9000000000s", duration(1, MAX_TTL_SECONDS, math.ceil), "the longest ttl to grant")
+    storage_type: str = setting("etcd", _storage, "etcd, or mock: in memory, lost with the process")
     etcd_addr_list: tuple[Address, ...] = setting("http://localhost:2379", endpoints, "endpoints, comma-separated")
     etcd_timeout: float = setting("5s", _budget, "one storage operation, all tries together")
     etcd_username: str = setting("", str, "for an etcd with auth enabled")
@@ -393,14 +388,11 @@ def _usable(config: Config, name: str, expected: str) -> Iterator[str]:
         raise ConfigError(f"{variable(name)}: not {expected}: {quote(path)}: {reason(fault)}") from fault
 
 
-Read = TypeVar("Read")
-
-
-class Renewed(Generic[Read]):
+class Renewed(Generic[Item]):
     """What `read` makes of these files, and makes again when one of them has changed. What cannot be used then leaves
     the old in force."""
 
-    def __init__(self, read: Callable[[], Read], *paths: str) -> None:
+    def __init__(self, read: Callable[[], Item], *paths: str) -> None:
         """Raises the ConfigError of `read`."""
         self._read = read
         self._paths = paths
@@ -408,7 +400,7 @@ class Renewed(Generic[Read]):
         self._seen = self._look()  # before the read: a change in between is seen the next time
         self._current = read()
 
-    def get(self) -> Read:
+    def get(self) -> Item:
         with self._mutex:
             if (seen := self._look()) != self._seen:
                 self._seen = seen
@@ -635,8 +627,8 @@ class Response(NamedTuple):
     undo: Callable[[], object] | None = None
 
 
-def error(status: int, text: str, *headers: tuple[str, str]) -> Response:
-    return Response(status, (text + "\n").encode("utf-8", "backslashreplace"), TEXT, headers)
+def error(fault: BadRequest) -> Response:
+    return Response(fault.status, f"{fault}\n".encode("utf-8", "backslashreplace"), TEXT, fault.headers)
 
 
 # curl sends a path as it was typed: UTF-8 that is not percent-encoded is welcome, other bytes are not.
@@ -678,22 +670,18 @@ def http_date(second: int) -> str:
 
 
 _REASON = {status.value: status.phrase for status in http.HTTPStatus}
-_REASON[413] = "Content Too Large"  # RFC 9110; CPython before 3.13 has the name of RFC 7231
 
 
 def render(response: Response, request: Request | None, keep_alive: bool) -> bytes:
     """The answer as bytes. `request` is None where it could not be read."""
     status, body = response.status, response.body
-    lines = [f"HTTP/1.1 {status} {_REASON[status]}\r\nDate: {http_date(int(time.time()))}\r\n"]
+    head = f"HTTP/1.1 {status} {_REASON[status]}\r\nDate: {http_date(int(time.time()))}\r\n"
     if status != 204:  # RFC 9110, 8.6: no Content-Length with 204
-        lines.append(f"Content-Type: {response.content_type}\r\nContent-Length: {len(body)}\r\n")
-    lines += [f"{name}: {value}\r\n" for name, value in response.headers]
-    if not keep_alive:
-        lines.append("Connection: close\r\n")
-    elif request and request.version == "HTTP/1.0":
-        lines.append("Connection: keep-alive\r\n")
-    lines.append("\r\n")
-    data = "".join(lines).encode("latin-1")
+        head += f"Content-Type: {response.content_type}\r\nContent-Length: {len(body)}\r\n"
+    head += "".join([f"{name}: {value}\r\n" for name, value in response.headers])
+    if not keep_alive or (request and request.version == "HTTP/1.0"):
+        head += f"Connection: {'keep-alive' if keep_alive else 'close'}\r\n"
+    data = (head + "\r\n").encode("latin-1")
     return data if request and request.method == "HEAD" else data + body
 
 
@@ -726,12 +714,8 @@ class Connection(socketserver.BaseRequestHandler):
             if self.doing or isinstance(fault, ssl.SSLError):
                 event(DEBUG, "connection lost", client=self.client, doing=self.doing, reason=reason(fault))
 
-    def close_if_silent(self) -> None:
-        """Ends the wait for a request; one that has arrived already is still read and answered."""
-        if not self.doing:
-            self._end_half(socket.SHUT_RD)
-
-    def _end_half(self, how: int) -> None:
+    def shutdown(self, how: int) -> None:
+        """Ends one half of the connection. After SHUT_RD, a request that has arrived already is still answered."""
         with contextlib.suppress(OSError):  # closed meanwhile
             socket.socket.shutdown(self.wire.sock, how)  # an SSLSocket's own shutdown() would end its TLS
 
@@ -750,9 +734,9 @@ class Connection(socketserver.BaseRequestHandler):
         try:
             request = self._read_request(deadline_after(limit))
         except BadRequest as fault:
-            return self._refuse(fault.status, str(fault))
+            return self._refuse(fault)
         except TimeoutError:
-            return self._refuse(408, f"the request was not complete after {limit:g}s")
+            return self._refuse(BadRequest(f"the request was not complete after {limit:g}s", 408))
         self.doing = f"{request.method} {request.path}"
         response = self.server.api.answer(request)
         keep_alive = request.keep_alive and not (self.server.stopping and not self.wire.buffer)
@@ -787,14 +771,13 @@ class Connection(socketserver.BaseRequestHandler):
         body = self.wire.body(length, MAX_BODY_BYTES, deadline)
         return request._replace(body=body, client=self.client, hung_up=self._hung_up)
 
-    def _refuse(self, status: int, text: str) -> bool:
+    def _refuse(self, fault: BadRequest) -> bool:
         """Answers what could not be read as a request. The rest of the stream means nothing, so the connection ends:
         our half first, the whole a moment later, since closing with bytes unread would destroy the answer."""
-        event(DEBUG, "request refused", client=self.client, status=status, reason=text)
-        self.server.api.count("other", "other", status)
-        headers = [("WWW-Authenticate", "Bearer")] if status == 401 else []
-        self._send(render(error(status, text, *headers), None, keep_alive=False))
-        self._end_half(socket.SHUT_WR)
+        event(DEBUG, "request refused", client=self.client, status=fault.status, reason=fault)
+        self.server.api.count("other", "other", fault.status)
+        self._send(render(error(fault), None, keep_alive=False))
+        self.shutdown(socket.SHUT_WR)
         deadline = time.monotonic() + 1
         for _ in range(64):
             self.wire.buffer.clear()
@@ -844,7 +827,8 @@ class Server(http.server.ThreadingHTTPServer):
             shown = given.strip().encode("utf-8", "surrogateescape")
             known = [hmac.compare_digest(shown, token) for token in self._tokens.get()]  # all, in constant time
             if scheme.lower() != "bearer" or True not in known:
-                raise BadRequest("authorization: not Bearer with a token that is known here", 401)
+                wanted = ("WWW-Authenticate", "Bearer")
+                raise BadRequest("authorization: not Bearer with a token that is known here", 401, wanted)
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """The next connection; handle_request() goes on after an OSError."""
@@ -879,7 +863,8 @@ class Server(http.server.ThreadingHTTPServer):
         with self._mutex:
             self._await_closed(min(self.silent_until, deadline))
             for connection in self._connections:
-                connection.close_if_silent()
+                if not connection.doing:
+                    connection.shutdown(socket.SHUT_RD)
             self._await_closed(deadline)
             for connection in self._connections:
                 event(WARNING, "connection cut", client=connection.client, doing=connection.doing or "nothing")
@@ -923,7 +908,8 @@ class Api:
     def __init__(self, service: LockService, metrics: Metrics, config: Config) -> None:
         self.service = service
         self._metrics = metrics
-        self._ttl, self._default_ttl = ttl_up_to(config.max_ttl), min(DEFAULT_TTL_SECONDS, config.max_ttl)
+        self._ttl = duration(1, config.max_ttl, math.ceil)
+        self._default_ttl = min(DEFAULT_TTL_SECONDS, config.max_ttl)
         self._routes: dict[str, dict[str, Callable[[Request], Response]]] = {
             "/lease": {"POST": self.acquire, "DELETE": self.release, "GET": self.look},
             "/keepalive": {"POST": self.renew},
@@ -938,7 +924,17 @@ class Api:
         """Always answers, unless the caller has gone: then it raises EOFError."""
         methods = self._routes.get(request.path, {})
         handler = methods.get("GET" if request.method == "HEAD" else request.method)
-        response = self._handle(handler, request) if handler else self._no_handler(request, methods)
+        try:
+            response = handler(request) if handler else self._no_handler(request, methods)
+        except BadRequest as fault:
+            response = error(fault)
+        except StorageError as fault:
+            response = error(BadRequest(f"storage failed: {fault}", 500))
+        except EOFError:
+            raise
+        except Exception as fault:  # a defect of ours; the caller deserves an answer all the same
+            event(ERROR, "internal error", path=request.path, **_defect(fault))
+            response = error(BadRequest("internal error: see the log of shared-lock", 500))
         self.count(request.path if methods else "other", request.method if handler else "other", response.status)
         event(DEBUG, "request", client=request.client, method=request.method, path=request.path, status=response.status)
         return response
@@ -949,22 +945,9 @@ class Api:
 
     def _no_handler(self, request: Request, methods: Mapping[str, object]) -> Response:
         if not methods:
-            return error(404, f"no such path: {quote(request.path)}")
+            raise BadRequest(f"no such path: {quote(request.path)}", 404)
         allow = ", ".join([*methods, "HEAD"] if "GET" in methods else methods)
-        return error(405, f"{request.path}: not {allow}: {quote(request.method)}", ("Allow", allow))
-
-    def _handle(self, handler: Callable[[Request], Response], request: Request) -> Response:
-        try:
-            return handler(request)
-        except BadRequest as fault:
-            return error(fault.status, str(fault))
-        except StorageError as fault:
-            return error(500, f"storage failed: {fault}")
-        except EOFError:
-            raise
-        except Exception as fault:  # a defect of ours; the caller deserves an answer all the same
-            event(ERROR, "internal error", path=request.path, **_defect(fault))
-            return error(500, "internal error: see the log of shared-lock")
+        raise BadRequest(f"{request.path}: not {allow}: {quote(request.method)}", 405, ("Allow", allow))
 
     def acquire(self, request: Request) -> Response:
         """POST /lease"""
@@ -972,13 +955,14 @@ class Api:
         wanted = self._lock_request(request)
         try:
             outcome = self.service.acquire(wanted)
-        except OutcomeUnknown as fault:
-            return error(500, f"outcome unknown: {fault}")
         except StorageError as fault:
-            return error(500, f"not acquired: {fault}")
+            known = "outcome unknown" if isinstance(fault, OutcomeUnknown) else "not acquired"
+            raise BadRequest(f"{known}: {fault}", 500) from fault
         if isinstance(outcome, Holder):
+            if must_be_free:
+                raise BadRequest(f"key: held: {quote(wanted.key)}", 412)
             # Never the holder's lease: a refused script that cleans up after itself would free somebody else's lock.
-            return error(412, f"key: held: {quote(wanted.key)}") if must_be_free else Response(202, b"0")
+            return Response(202, b"0")
         headers = (("x-lease-ttl", f"{outcome.ttl}s"), ("x-fencing-token", str(outcome.token)))
         undo = functools.partial(self.service.take_back, wanted, outcome.lease)
         return Response(201, b"%d" % outcome.lease, TEXT, headers, undo)
@@ -1016,21 +1000,21 @@ class Api:
             raise BadRequest("key: missing in the query, as in /lease?key=nightly, or a prefix alone, /lease?prefix=")
         key = _checked_text("key", query["key"])
         if (holder := self.service.look(key)) is None:
-            return error(404, f"key: free: {quote(key)}")
+            raise BadRequest(f"key: free: {quote(key)}", 404)
         ttls = {"ttl": holder.ttl, "granted_ttl": holder.granted_ttl}
-        answer = {"key": key, "value": holder.value, **ttls, "fencing_token": holder.token}
-        return Response(200, _json_line(answer), "application/json")
+        line = _json_line(key=key, value=holder.value, **ttls, fencing_token=holder.token)
+        return Response(200, line, "application/json")
 
     def _list(self, prefix: str) -> Response:
         locks, more = self.service.list_locks(prefix)
-        lines = [_json_line({"key": key, "value": one.value, "fencing_token": one.token}) for key, one in locks]
-        return Response(200, b"".join(lines) + (_json_line({"more": True}) if more else b""), "application/x-ndjson")
+        lines = [_json_line(key=key, value=one.value, fencing_token=one.token) for key, one in locks]
+        return Response(200, b"".join([*lines, _json_line(more=True) if more else b""]), "application/x-ndjson")
 
     def ready(self, request: Request) -> Response:
         try:
             self.service.check()
         except StorageError as fault:
-            return error(503, f"storage failed: {fault}")
+            raise BadRequest(f"storage failed: {fault}", 503) from fault
         return Response(200, b"ok\n")
 
     def expose_metrics(self, request: Request) -> Response:
@@ -1048,11 +1032,13 @@ def _precondition(request: Request, name: str, other: str) -> bool:
 
 
 def _gone(lease: int, must_exist: bool) -> Response:
-    return error(412, f"lease: gone: {lease}") if must_exist else Response(204)
+    if must_exist:
+        raise BadRequest(f"lease: gone: {lease}", 412)
+    return Response(204)
 
 
-def _json_line(answer: Mapping[str, object]) -> bytes:
-    return (json.dumps(answer, ensure_ascii=False) + "\n").encode()
+def _json_line(**members: object) -> bytes:
+    return (json.dumps(members, ensure_ascii=False) + "\n").encode()
 
 
 def _query(request: Request) -> dict[str, str]:
@@ -1169,11 +1155,7 @@ class LockService:
     def _try_to_acquire(self, wanted: LockRequest) -> tuple[Grant | Holder, float]:
         """The outcome, and the seconds that it took."""
         started = time.monotonic()
-        try:
-            outcome = self._storage.acquire(wanted)
-        except StorageError as fault:
-            self._note_failure("get", fault, key=wanted.key, client=wanted.client)
-            raise
+        outcome = self._ask("get", self._storage.acquire, wanted, key=wanted.key, client=wanted.client)
         if isinstance(outcome, Grant):
             self._metrics.count(LEASES, operation="get", status="created")
             shown = {"ttl": outcome.ttl, "token": outcome.token, "value": wanted.value, "client": wanted.client}
@@ -1182,11 +1164,7 @@ class LockService:
 
     def renew(self, lease: int) -> int:
         """Starts the lease's ttl again and returns it; 0 where etcd knows that it is gone. Raises StorageError."""
-        try:
-            ttl = self._storage.renew(lease)
-        except StorageError as fault:
-            self._note_failure("prolong", fault, lease=lease)
-            raise
+        ttl = self._ask("prolong", self._storage.renew, lease, lease=lease)
         self._metrics.count(LEASES, operation="prolong", status="success" if ttl else "failure")
         if not ttl:
             event(INFO, "lease is gone", lease=lease)
@@ -1194,11 +1172,7 @@ class LockService:
 
     def release(self, lease: int, client: str) -> bool:
         """Ends the lease, which frees its key at once; False where there is nothing of ours. Raises StorageError."""
-        try:
-            keys = self._storage.release(lease)
-        except StorageError as fault:
-            self._note_failure("release", fault, lease=lease, client=client)
-            raise
+        keys = self._ask("release", self._storage.release, lease, lease=lease, client=client)
         self._metrics.count(LEASES, operation="release", status="failure" if keys is None else "success")
         for key in keys or ():
             event(INFO, "released", key=key, lease=lease, client=client)
@@ -1213,9 +1187,14 @@ class LockService:
             with contextlib.suppress(StorageError):  # logged by release; the lease ends with its ttl
                 self.release(lease, wanted.client)
 
-    def _note_failure(self, operation: str, fault: StorageError, **shown: object) -> None:
-        self._metrics.count(LEASES, operation=operation, status="error")
-        event(WARNING, "storage failed", operation=operation, reason=fault, **shown)
+    def _ask(self, operation: str, ask: Callable[[Item], Answer], item: Item, **shown: object) -> Answer:
+        """The storage's answer; a failure is counted and logged."""
+        try:
+            return ask(item)
+        except StorageError as fault:
+            self._metrics.count(LEASES, operation=operation, status="error")
+            event(WARNING, "storage failed", operation=operation, reason=fault, **shown)
+            raise
 
 
 POLL_SECONDS = 0.4  # how late a waiter may learn of a release through another replica
@@ -1409,7 +1388,6 @@ class MemoryStorage:
         self._mutex = threading.Lock()  # owns all below
         self._locks: dict[int, _Lock] = {}  # by lease
         self._leases: dict[str, int] = {}  # by key
-        self._soonest = math.inf  # no lock ends before
         self._token = 0
 
     def acquire(self, wanted: LockRequest) -> Grant | Holder:
@@ -1465,15 +1443,12 @@ class MemoryStorage:
 
     def _forget_ended(self) -> None:
         now = self._clock()
-        if now >= self._soonest:
-            self._locks = {lease: lock for lease, lock in self._locks.items() if lock.ends > now}
-            self._leases = {lock.key: lease for lease, lock in self._locks.items()}
-            self._soonest = min((lock.ends for lock in self._locks.values()), default=math.inf)
+        for lease in [lease for lease, lock in self._locks.items() if lock.ends <= now]:
+            del self._leases[self._locks.pop(lease).key]
 
     def _start_ttl(self, lease: int) -> int:
         lock = self._locks[lease]
         lock.ends = self._clock() + lock.ttl
-        self._soonest = min(self._soonest, lock.ends)
         return lock.ttl
 
     def _holder(self, lease: int) -> Holder:
@@ -1492,8 +1467,6 @@ def lease_in_use(lease: int) -> BadRequest:
 
 # == Storage in etcd: the same promises over a network that fails ====================================================
 
-Item = TypeVar("Item")
-Answer = TypeVar("Answer")
 MAX_DOOMED = 10_000  # leases to end in the background; what is over ends with its ttl
 
 
@@ -1553,7 +1526,7 @@ class EtcdStorage:
             return ttl, True
         # It exists: by a try of ours whose answer is lost, or by an earlier request of this caller.
         found = self._read(self._gateway.time_to_live, claim.lease, deadline)
-        if found and any(key != (KEY_PREFIX + wanted.key).encode() for key in found.keys):
+        if found and any(key != (KEY_PREFIX + wanted.key).encode() for key in found[2]):
             raise lease_in_use(claim.lease)
         if not found or not (ttl := self._insist(self._renewals.ask, claim.lease, deadline)):
             raise StorageError("the lease ended before it was used")
@@ -1565,12 +1538,11 @@ class EtcdStorage:
     def release(self, lease: int) -> list[str] | None:
         """A lease without keys, or with one outside of our prefix, is another tenant's of this etcd."""
         deadline = deadline_after(self._timeout)
-        found = self._read(self._gateway.time_to_live, lease, deadline)
-        prefix = KEY_PREFIX.encode()
-        if not found or not found.keys or not all(key.startswith(prefix) for key in found.keys):
+        _, _, keys = self._read(self._gateway.time_to_live, lease, deadline) or (0, 0, [])
+        if not keys or not all(key.startswith(KEY_PREFIX.encode()) for key in keys):
             return None
         self._insist(self._gateway.revoke, lease, deadline)
-        return [key.removeprefix(prefix).decode("utf-8", "replace") for key in found.keys]
+        return [key.decode("utf-8", "replace").removeprefix(KEY_PREFIX) for key in keys]
 
     def look(self, key: str) -> Holder | None:
         deadline = deadline_after(self._timeout)
@@ -1579,7 +1551,7 @@ class EtcdStorage:
             return holder
         found = self._read(self._gateway.time_to_live, holder.lease, deadline)
         # None: it ended between the two questions.
-        return holder._replace(ttl=found.left, granted_ttl=found.granted) if found else None
+        return holder._replace(ttl=found[0], granted_ttl=found[1]) if found else None
 
     def list_locks(self, prefix: str) -> tuple[list[tuple[str, Holder]], bool]:
         return self._read(self._gateway.list_locks, prefix, deadline_after(self._timeout))
@@ -1758,14 +1730,6 @@ def part_of_call(size: int) -> float:
     return max(1 / MAX_OPERATIONS, size * 4 / MAX_BATCH_BYTES)
 
 
-class LeaseInfo(NamedTuple):
-    """A live lease: seconds left, seconds granted, and the keys attached to it, with our prefix or another."""
-
-    left: int
-    granted: int
-    keys: tuple[bytes, ...]
-
-
 class Gateway:
     """Calls to etcd's API. Each raises StorageError if it has no answer by `deadline` (time.monotonic)."""
 
@@ -1850,12 +1814,12 @@ class Gateway:
         cut_short = StorageError("etcd cut its answer short")
         return [ttls.get(lease, cut_short) for lease in leases]
 
-    def time_to_live(self, lease: int, deadline: float) -> LeaseInfo | None:
+    def time_to_live(self, lease: int, deadline: float) -> tuple[int, int, list[bytes]] | None:
+        """Of a live lease: seconds left, seconds granted, and the keys attached to it, with our prefix or another."""
         url, wanted = self._url("/lease/timetolive"), {"ID": lease, "keys": True}
         answer = self._post(url, json=wanted, deadline=deadline, doubtful=lambda said: int(said.get("TTL", 0)) < 0)
-        left = int(answer.get("TTL", 0))
-        keys = tuple(map(base64.b64decode, answer.get("keys", ())))
-        return LeaseInfo(left, int(answer.get("grantedTTL", 0)), keys) if left >= 0 else None
+        left, granted = int(answer.get("TTL", 0)), int(answer.get("grantedTTL", 0))
+        return (left, granted, list(map(base64.b64decode, answer.get("keys", ())))) if left >= 0 else None
 
     def revoke(self, lease: int, deadline: float) -> None:
         """Ends the lease; one that is gone already is as good. A claim with it that is still under way will fail."""
@@ -1949,28 +1913,22 @@ PAUSE_SECONDS = 0.1  # between two tries of one member that failed
 WATCH_SECONDS = 1.0  # between two looks at a member, and between two log-ins that are refused
 MAX_IDLE = 256  # connections kept open to one member
 MAX_ANSWER_BYTES = 16 << 20  # most are below 1 MiB, but a lease of another tenant may have many keys
-READ_URL = "http://any/v3/kv/range"
-READ = {"key": _key64("")}  # linearizable, within our prefix, and nobody's key
-SOUND_RELEASES = "3.5.23, 3.6.5 or newer"  # older ones may end or renew leases wrongly after a leader was frozen
+READ = ("POST /v3/kv/range", {"key": _key64("")})  # linearizable, within our prefix, and nobody's key
 
 
 class Member:
     """A member of etcd at one address: its idle connections, and its health as it was last seen."""
 
-    def __init__(self, endpoint: Address, host: str, is_alone: bool) -> None:
-        self.endpoint = endpoint
-        self.host = host  # its IP address; empty while the name has none
-        self.name = f"{'https' if endpoint.tls else 'http'}://{endpoint if is_alone else endpoint._replace(host=host)}"
+    def __init__(self, endpoint: Address, host: str, name: str) -> None:
+        self.endpoint, self.name = endpoint, name
+        self.host = host  # an IP address; empty while the endpoint's name has none
         self.idle: list[Wire] = []  # append and pop are atomic; the most recently used is taken first
+        self.cluster = ""  # the ID of its cluster; empty: it never answered
         self.fault: str | None = None  # None: it is well
         self.failed_at = -math.inf
         self.errors = 0
-        self.cluster = ""  # the ID of its cluster; empty: it never answered
-        self.headers = (
-            f" HTTP/1.1\r\nHost: {endpoint}\r\nContent-Type: application/json\r\n"
-            # Without a leader a member says so at once, and certainly has not applied the call (etcd-io/etcd 10819).
-            "Grpc-Metadata-hasleader: true\r\n"
-        )
+        # Without a leader a member says so at once, and certainly has not applied the call (etcd-io/etcd 10819).
+        self.headers = f"Host: {endpoint}\r\nContent-Type: application/json\r\nGrpc-Metadata-hasleader: true\r\n"
 
     def __str__(self) -> str:
         return self.name
@@ -1989,13 +1947,9 @@ class Members:
         self._timeout = config.etcd_timeout
         self._endpoints = [one._replace(tls=config.etcd_tls or bool(one.tls)) for one in config.etcd_addr_list]
         files = ("ca_cert_path", "client_cert_path", "client_key_path") if config.etcd_tls else ()
-        tls = any(one.tls for one in self._endpoints)
-        self._tls = tls_context(config, ssl.Purpose.SERVER_AUTH, *files) if tls else None
-        self._credentials = {"name": config.etcd_username, "password": config.etcd_password}
-        self._authorization = ""  # the header, once we have logged in
-        self._login_mutex = threading.Lock()  # held during a log-in, so that there is one for all callers
-        self._login_fault: Refused | None = None
-        self._login_again_at = -math.inf
+        needs_tls = any(one.tls for one in self._endpoints)
+        self._tls = tls_context(config, ssl.Purpose.SERVER_AUTH, *files) if needs_tls else None
+        self._login = Login(config.etcd_username, config.etcd_password)
         self._mutex = threading.Lock()  # owns the order of members and the fields about their health
         self._members: list[Member] = []
         self._cluster = ""  # the ID of the cluster that is used
@@ -2006,8 +1960,8 @@ class Members:
             threading.Thread(target=self._watch, args=(endpoint,), name=f"watch-{endpoint}", daemon=True).start()
 
     def post(
-        self, url: str, *, json: Any, deadline: float, timeout: float | None = None,
-        doubtful: Callable[[Any], bool] | None = None, member: Member | None = None,
+        self, url: str, *, json: Any, deadline: float, timeout: object = None,
+        doubtful: Callable[[Any], bool] = lambda answer: False,
     ) -> types.SimpleNamespace:  # fmt: skip
         """One try on one member; a list is sent as JSON lines. The host in `url` and `timeout` are etcd3gw's, and
         unused. Raises StorageError, Refused or OutcomeUnknown.
@@ -2015,45 +1969,54 @@ class Members:
         An answer that is `doubtful` is only believed after a linearizable read on the same member: one that was frozen
         says for some milliseconds that leases are gone which are alive.
         """
-        asked = member or self._pick(deadline)
-        if not asked.cluster and url is not READ_URL:  # it may be of another cluster: look before the first write
-            self.post(READ_URL, json=READ, deadline=deadline, member=asked)
-        share_ends = time.monotonic() + self._timeout / (len(self._members) + 1)
-        login = self._authorization
-        try:
-            answer = self._exchange(asked, f"POST /{url.split('/', 3)[3]}", json, min(share_ends, deadline))
-            self._note_cluster(asked, answer)
-        except StorageError as fault:
-            if self._wants_login(fault):
-                fault = self._log_in(asked, login, min(share_ends, deadline))
-            # If the caller's deadline cut the try short, that says nothing about the member.
-            elif fault.sick and (share_ends <= deadline or time.monotonic() < deadline):
-                self._mark_sick(asked, str(fault))
-            fault.args = (f"{asked}: {fault}",)
-            raise fault
-        if doubtful and doubtful(answer):
-            self.post(READ_URL, json=READ, deadline=deadline, member=asked)
-            return self.post(url, json=json, deadline=deadline, member=asked)
+        member, request = self._pick(deadline), f"POST /{url.split('/', 3)[3]}"
+        if member.cluster != self._cluster:  # look at a stranger before the first write to it
+            self._call(member, *READ, deadline)
+        answer = self._call(member, request, json, deadline)
+        if doubtful(answer):
+            self._call(member, *READ, deadline)
+            answer = self._call(member, request, json, deadline)
         return types.SimpleNamespace(status_code=200, json=lambda: answer)  # all that etcd3gw looks at
 
+    def check_clusters(self, deadline: float) -> None:
+        """Returns if a lock may be granted: all members were looked at once, and are of one cluster. Two replicas that
+        begin with members of two would lend one lock twice. Raises StorageError."""
+        while self._unseen and time.monotonic() < min(deadline, self._first_looks_end):
+            time.sleep(0.01)
+        known = {member.cluster: str(member) for member in self._members if member.cluster}
+        if len(known) > 1:
+            raise StorageError(f"members of two clusters are listed: {', '.join(known.values())}")
+
     def _pick(self, deadline: float) -> Member:
-        """The first that is well; while none is, each in turn, with a pause between two tries of one."""
+        """The first. If that has just failed, all have: then with a pause between two tries of one."""
         while True:
-            members = self._members
-            for member in members:
-                if member.fault is None:
-                    return member
-            ours = [member for member in members if member.cluster in ("", self._cluster)]
-            now = time.monotonic()
+            first, now = next(iter(self._members), None), time.monotonic()
+            if first and (first.fault is None or first.failed_at + PAUSE_SECONDS <= now < deadline):
+                return first
             if now >= deadline:
-                raise StorageError(f"{ours[0]}: {ours[0].fault}" if ours else "no address of etcd is known yet")
-            again_at = (ours[0].failed_at if ours else now) + PAUSE_SECONDS
-            if again_at <= now:
-                return ours[0]
-            time.sleep(min(again_at, deadline) - now)
+                raise StorageError(f"{first}: {first.fault}" if first else "no address of etcd is known yet")
+            time.sleep(min(PAUSE_SECONDS / 4, deadline - now))
+
+    def _call(self, member: Member, request: str, payload: Any, deadline: float) -> Any:
+        """The answer of this member, which may take a share of the time: only a timeout gives a frozen one away."""
+        share_ends = time.monotonic() + self._timeout / (len(self._members) + 1)
+        until, login = min(share_ends, deadline), self._login.header
+        try:
+            answer = self._exchange(member, request, payload, until)
+            self._note_answer(member, answer)
+        except StorageError as fault:
+            if self._login.is_asked_for(fault):
+                log_in = functools.partial(self._exchange, member, "POST /v3/auth/authenticate", deadline=until)
+                fault = self._login.renew(login, log_in)
+            # If the caller's deadline cut the try short, that says nothing about the member.
+            elif fault.sick and (share_ends <= deadline or time.monotonic() < deadline):
+                self._mark_sick(member, str(fault))
+            fault.args = (f"{member}: {fault}",)
+            raise fault
+        return answer
 
     def _exchange(self, member: Member, request: str, payload: Any, deadline: float) -> Any:
-        """The answer of one member. Raises StorageError without its name."""
+        """Asks over a kept connection or a new one. Raises StorageError without the member's name."""
         if time.monotonic() >= deadline:
             raise StorageError("no time was left to ask it", sick=False)
         try:
@@ -2061,7 +2024,7 @@ class Members:
         except IndexError:
             wire, kept = self._connect(member, deadline), False
         body = _to_lines(payload)
-        head = f"{request}{member.headers}{self._authorization}Content-Length: {len(body)}\r\n\r\n"
+        head = f"{request} HTTP/1.1\r\n{member.headers}{self._login.header}Content-Length: {len(body)}\r\n\r\n"
         try:
             wire.send((head + body).encode(), deadline)
             status, headers = parse_answer_head(wire.head(deadline))
@@ -2073,20 +2036,16 @@ class Members:
             member.idle.append(wire)
         else:  # not to be trusted after an error, or with something unread
             wire.sock.close()
-        if status != 200:
-            raise classify(status, text)
-        return parse_lines(text) if isinstance(payload, list) else parse_answer(text)
+        return parse_answer(status, text, payload)
 
     def _connect(self, member: Member, deadline: float) -> Wire:
-        if not member.host:
-            raise StorageError("its name has no address")
         try:
-            sock = socket.create_connection(
-                (member.host, member.endpoint.port), max(0.001, deadline - time.monotonic())
-            )
+            if not member.host:
+                raise ValueError("its name has no address")
+            left = max(0.001, deadline - time.monotonic())
+            sock = socket.create_connection((member.host, member.endpoint.port), left)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if self._tls and member.endpoint.tls:
-                sock.settimeout(max(0.001, deadline - time.monotonic()))
                 sock = self._tls.get().wrap_socket(sock, server_hostname=member.endpoint.host)
             else:
                 sock.settimeout(None)
@@ -2096,7 +2055,7 @@ class Members:
             time.sleep(PAUSE_SECONDS if ours else 0)
             raise StorageError(reason(fault), sick=not ours) from fault
 
-    def _note_cluster(self, member: Member, answer: Any) -> None:
+    def _note_answer(self, member: Member, answer: Any) -> None:
         """Whoever answers is well, unless it is of another cluster. Raises OutcomeUnknown."""
         header = answer["header"] if isinstance(answer, dict) else answer[0].get("result", {}).get("header", {})
         cluster = header.get("cluster_id", member.cluster)
@@ -2112,15 +2071,6 @@ class Members:
         if before is not None:
             event(INFO, "etcd member is well again", member=member)
 
-    def check_clusters(self, deadline: float) -> None:
-        """Returns if a lock may be granted: all members were looked at once, and are of one cluster. Two replicas that
-        begin with members of two would lend one lock twice. Raises StorageError."""
-        while self._unseen and time.monotonic() < min(deadline, self._first_looks_end):
-            time.sleep(0.01)
-        known = {member.cluster: str(member) for member in self._members if member.cluster}
-        if len(known) > 1:
-            raise StorageError(f"members of two clusters are listed: {', '.join(known.values())}")
-
     def _mark_sick(self, member: Member, fault: str) -> None:
         _close_all(member.idle)
         with self._mutex:
@@ -2132,29 +2082,32 @@ class Members:
             event(WARNING, "etcd member failed", member=member, reason=fault)
 
     def _samples(self) -> dict[str, float]:
-        up, errors = "shared_lock_etcd_member_up", "shared_lock_etcd_errors_total"
-        members = self._members
-        found: dict[str, float] = {sample(errors, member=member): member.errors for member in members}
-        return found | {sample(up, member=one): int(one.fault is None and bool(one.cluster)) for one in members}
+        found: dict[str, float] = {}
+        for member in self._members:
+            found[sample("shared_lock_etcd_member_up", member=member)] = int(
+                member.fault is None and member.cluster > ""
+            )
+            found[sample("shared_lock_etcd_errors_total", member=member)] = member.errors
+        return found
 
     def _watch(self, endpoint: Address) -> None:
         """Looks the name up while one of its members is sick, and asks each member."""
-        releases: dict[str, str] = {}
+        checked: set[Member] = set()
         while True:
             mine = [member for member in self._members if member.endpoint == endpoint]
             if not mine or any(member.fault for member in mine):
                 mine = self._look_up(endpoint)
             for member in mine:
                 with contextlib.suppress(StorageError):  # noted at the member
-                    self.post(READ_URL, json=READ, deadline=math.inf, member=member)  # for as long as a try may take
-                    if member.name not in releases:
-                        releases[member.name] = self._check_release(member)
+                    self._call(member, *READ, math.inf)  # for as long as a try may take
+                    if member not in checked:
+                        checked.add(member)
+                        self._check_release(member)
             self._unseen.discard(endpoint)
             time.sleep(WATCH_SECONDS)
 
     def _look_up(self, endpoint: Address) -> list[Member]:
-        """The members at the addresses that the endpoint's name has now, IPv4 if it has any. A member that is well
-        stays."""
+        """The members at the addresses that the endpoint's name has now, IPv4 if any. One that is well stays."""
         mine = {member.host: member for member in self._members if member.endpoint == endpoint}
         try:
             infos = socket.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM)
@@ -2162,44 +2115,56 @@ class Members:
             hosts = [host for host, family in families.items() if family == socket.AF_INET] or list(families)
         except (OSError, UnicodeError):
             hosts = list(mine) or [""]
+        gone = [member for host, member in mine.items() if host not in hosts and member.fault]
         with self._mutex:
-            members = [
-                one for one in self._members if mine.get(one.host) is not one or one.host in hosts or not one.fault
-            ]
+            members = [member for member in self._members if member not in gone]
             for host in hosts:
                 if host not in mine:  # anywhere: replicas that start together do not all begin with the same
-                    members.insert(random.randint(0, len(members)), Member(endpoint, host, len(hosts) == 1))
+                    address = endpoint if len(hosts) == 1 else endpoint._replace(host=host)
+                    member = Member(endpoint, host, f"{'https' if endpoint.tls else 'http'}://{address}")
+                    members.insert(random.randint(0, len(members)), member)
             self._members = members
         return [member for member in members if member.endpoint == endpoint]
 
-    def _check_release(self, member: Member) -> str:
-        """Warns of a release that ends or renews leases wrongly after a leader was frozen."""
+    def _check_release(self, member: Member) -> None:
+        """Warns of releases that may end or renew leases wrongly after a leader was frozen."""
         release = str(self._exchange(member, "GET /version", {}, deadline_after(self._timeout)).get("etcdserver"))
         numbers = tuple(map(int, re.findall("[0-9]+", release)[:3]))
         if numbers < (3, 5, 23) or (3, 6) <= numbers < (3, 6, 5):
             event(WARNING, "etcd release with defects in leases", member=member, release=release, better=SOUND_RELEASES)
-        return release
 
-    def _wants_login(self, fault: StorageError) -> bool:
-        if not self._credentials["name"] or not isinstance(fault, Refused):
-            return False
-        said = str(fault)
-        return fault.code == GRPC_UNAUTHENTICATED or "user name is empty" in said or "auth store is old" in said
 
-    def _log_in(self, member: Member, login: str, deadline: float) -> StorageError:
-        """Logs in, unless another caller did since `login`. Returns what to raise: a StorageError to try again after,
-        or the Refused of the log-in, which is remembered for WATCH_SECONDS."""
-        with self._login_mutex:
-            if self._authorization == login and time.monotonic() > self._login_again_at:
-                before, self._login_fault = self._login_fault, None
+SOUND_RELEASES = "3.5.23, 3.6.5 or newer"
+
+
+class Login:
+    """The token of an etcd with auth enabled, which ends at etcd's discretion: one log-in for all callers."""
+
+    def __init__(self, name: str, password: str) -> None:
+        self._credentials = {"name": name, "password": password}
+        self._mutex = threading.Lock()  # held during a log-in, and owns all below
+        self._refusal: Refused | None = None
+        self._again_at = -math.inf
+        self.header = ""  # empty before the first log-in
+
+    def is_asked_for(self, fault: StorageError) -> bool:
+        said, code = str(fault), getattr(fault, "code", 0)
+        asked = code == GRPC_UNAUTHENTICATED or "user name is empty" in said or "auth store is old" in said
+        return asked and self._credentials["name"] != ""
+
+    def renew(self, used: str, log_in: Callable[[Any], Any]) -> StorageError:
+        """Logs in, unless another caller did since `used`. Returns what to raise: an error to try again after, or the
+        Refused of the log-in, which is remembered for WATCH_SECONDS."""
+        with self._mutex:
+            if self.header == used and time.monotonic() > self._again_at:
+                before, self._refusal = self._refusal, None
                 try:
-                    answer = self._exchange(member, "POST /v3/auth/authenticate", self._credentials, deadline)
-                    self._authorization = f"Authorization: {answer['token']}\r\n"
+                    self.header = f"Authorization: {log_in(self._credentials)['token']}\r\n"
                 except Refused as fault:
-                    self._login_fault, self._login_again_at = fault, time.monotonic() + WATCH_SECONDS
+                    self._refusal, self._again_at = fault, time.monotonic() + WATCH_SECONDS
                     if before is None:
-                        event(WARNING, "etcd log-in refused", member=member, reason=fault)
-            return copy.copy(self._login_fault) if self._login_fault else StorageError("logged in again", sick=False)
+                        event(WARNING, "etcd log-in refused", reason=fault)
+            return copy.copy(self._refusal) if self._refusal else StorageError("logged in again", sick=False)
 
 
 def _broken(member: Member, wire: Wire, kept: bool, fault: Exception) -> StorageError:
@@ -2229,15 +2194,13 @@ def parse_answer_head(data: bytes) -> tuple[int, Mapping[str, str]]:
     return int(match[1]), parse_headers(header_lines)
 
 
-_to_json = json.JSONEncoder(separators=(",", ":")).encode
-
-
 # etcd stops reading the lines of a stream once it starts to answer, and the rest is lost. Only what its decoder reads
 # first is safe: 512 bytes, but 2,048 after 1,536 blanks, for which Go's json.Decoder doubles its buffer.
 # Measured under load: 32 lines without the blanks, 832 of 19,200 answers missing, 18 lines, none of 86,400; with them
 # 64 and 76 lines, none in 600 calls each. A lone line is answered 6 % sooner without.
 _SAFE_BYTES = 512
 _BLANKS = " " * 1536
+_to_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
 def _to_lines(payload: Any) -> str:
@@ -2247,22 +2210,20 @@ def _to_lines(payload: Any) -> str:
     return lines if len(lines) < _SAFE_BYTES else _BLANKS + lines
 
 
-def parse_answer(text: str) -> dict[str, Any]:
-    """The answer to a call. Raises OutcomeUnknown."""
+def parse_answer(status: int, text: str, payload: object = None) -> Any:
+    """The answer to this payload: of a list, a list. Raises StorageError."""
     with contextlib.suppress(ValueError):
-        answer = json.loads(text)
-        if isinstance(answer, dict) and ("header" in answer or "etcdserver" in answer):  # etcd never leaves out both
-            return answer
-    raise OutcomeUnknown(f"not an answer of etcd: {quote(text)}")
-
-
-def parse_lines(text: str) -> list[dict[str, Any]]:
-    """The answers of a stream. Raises StorageError if none is a result."""
-    with contextlib.suppress(ValueError):
-        answers: list[dict[str, Any]] = json.loads("[" + text.strip().replace("\n", ",") + "]")
-        if any(isinstance(answer, dict) and "result" in answer for answer in answers):
-            return answers
-    raise classify(200, text.partition("\n")[0])
+        if status == 200 and isinstance(payload, list):
+            answers = json.loads("[" + text.strip().replace("\n", ",") + "]")
+            if any(isinstance(answer, dict) and "result" in answer for answer in answers):
+                return answers
+        elif status == 200:
+            answer = json.loads(text)
+            if isinstance(answer, dict) and (
+                "header" in answer or "etcdserver" in answer
+            ):  # etcd never leaves out both
+                return answer
+    raise classify(status, text.partition("\n")[0] if status == 200 else text)
 
 
 Storage = MemoryStorage | EtcdStorage | Cache
@@ -2286,6 +2247,11 @@ LEASES = "shared_lock_lease_operations_total"
 CACHE = "shared_lock_cache_operations_total"
 GRANTS = "shared_lock_lease_grant_duration_seconds"
 GRANT_BOUNDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, math.inf]  # seconds
+KNOWN_RESULTS = [
+    (LEASES, "get", "created accepted error"), (LEASES, "prolong", "success failure error"),
+    (LEASES, "release", "success failure error"), (CACHE, "get", "hit miss expired"), (CACHE, "set", "success update"),
+    (CACHE, "evict", "size_limit"),
+]  # fmt: skip
 REQUESTS = "shared_lock_http_requests_total"
 FAMILIES = {
     LEASES: ("counter", "Operations on locks."),
@@ -2320,12 +2286,12 @@ class Metrics:
 
     def __init__(self) -> None:
         self._mutex = threading.Lock()  # owns the numbers
-        names = [sample(LEASES, operation="get", status=status) for status in ("created", "accepted", "error")]
-        for operation in ("prolong", "release"):
-            names += [sample(LEASES, operation=operation, status=one) for one in ("success", "failure", "error")]
-        for operation, statuses in {"get": ("hit", "miss", "expired"), "set": ("success", "update")}.items():
-            names += [sample(CACHE, operation=operation, status=one) for one in statuses]
-        names += [sample(CACHE, operation="evict", status="size_limit"), *map(_bucket, GRANT_BOUNDS)]
+        names = [
+            sample(name, operation=operation, status=status)
+            for name, operation, statuses in KNOWN_RESULTS
+            for status in statuses.split()
+        ]
+        names += map(_bucket, GRANT_BOUNDS)
         self._numbers: dict[str, float] = dict.fromkeys(names, 0)  # of the histogram, each bucket by itself
         self._grant_seconds = 0.0
         self.sources: list[Callable[[], Mapping[str, float]]] = [_process_samples]
@@ -2444,29 +2410,13 @@ def heap_profile(duration: int) -> Response:
     time.sleep(duration)
     traces = tracemalloc.take_snapshot().traces
     tracemalloc.stop()
+    functions = [one.__code__ for one in gc.get_objects() if isinstance(one, types.FunctionType)]
+    names = {(code.co_filename, line): code.co_qualname for code in functions for _, _, line in code.co_lines()}
     samples: collections.Counter[Stack] = collections.Counter()
     for trace in traces:
-        stack = [
-            (_functions(at.filename).get(at.lineno, at.filename), at.filename, at.lineno) for at in trace.traceback
-        ]
-        samples[tuple(reversed(stack))] += trace.size
+        frames = [(one.filename, one.lineno) for one in reversed(trace.traceback)]
+        samples[tuple((names.get(frame, frame[0]), *frame) for frame in frames)] += trace.size
     return _pprof("inuse_space", "bytes", samples, duration)
-
-
-@functools.cache
-def _functions(file: str) -> dict[int, str]:
-    """The function at each line of a source file, which tracemalloc does not tell; empty where there is no source."""
-    by_line: dict[int, str] = {}
-
-    def walk(code: types.CodeType) -> None:
-        by_line.update((line, code.co_qualname) for _, _, line in code.co_lines() if line)
-        for inner in code.co_consts:
-            if isinstance(inner, types.CodeType):
-                walk(inner)
-
-    with contextlib.suppress(OSError, SyntaxError, ValueError), open(file, "rb") as source:
-        walk(compile(source.read(), file, "exec"))
-    return by_line
 
 
 def thread_stacks(request: Request) -> Response:
