@@ -728,6 +728,19 @@ def test_a_grant_and_a_release_are_logged_with_their_client(daemon: Daemon, key:
     assert {**released, "time": ""} == {"time": "", **common, "event": "released"}
 
 
+@pytest.mark.parametrize("name", ["x" * 5000, "\x01" * 120, "\U000e0001" * 120], ids=["long", "escaped", "astral"])
+def test_however_a_caller_names_its_lock_the_log_tells_who_has_it(start: Start, name: str) -> None:
+    daemon = start("mock")
+
+    lock = daemon.acquire(name, value=name)
+    daemon.release(lock.text)
+
+    granted, released = eventually(lambda: len(found := events(daemon, "granted", "released")) == 2 and found)
+    assert list(granted) == ["time", "level", "event", "key", "lease", "ttl", "token", "value", "client"]
+    assert list(released) == ["time", "level", "event", "key", "lease", "client"]
+    assert granted["client"].startswith("127.0.0.1:") and released["client"].startswith("127.0.0.1:")
+
+
 def test_a_client_is_logged_as_ipv4_where_it_is_and_as_ipv6_where_it_is(start: Start) -> None:
     daemon = start("mock", SERVER_HOST="")
     clients = []
@@ -759,6 +772,14 @@ def test_the_log_begins_with_what_serves_where_and_for_whom(start: Start, etcd: 
         assert "secret" not in daemon.log()
 
 
+def test_the_log_begins_so_even_if_no_member_can_be_reached(start: Start) -> None:
+    daemon = start(f"http://127.0.0.1:{free_port()}")
+
+    eventually(lambda: events(daemon, "etcd member failed"))
+
+    assert events(daemon)[0]["event"] == "serving"
+
+
 def test_clients_that_simply_close_leave_no_line_in_the_debug_log(start: Start) -> None:
     daemon = start("mock", DEBUG="true")
     reset = struct.pack("ii", 1, 0)  # SO_LINGER: a close becomes a reset
@@ -776,6 +797,20 @@ def test_clients_that_simply_close_leave_no_line_in_the_debug_log(start: Start) 
     assert daemon.stop() == 0
     assert [line["client"] for line in lost] == [f"127.0.0.1:{cut.port}"]  # that one did not simply close
     assert len(events(daemon)) == len(["serving", "request", "request", "connection lost", "stopping", "stopped"])
+
+
+def test_probes_of_a_tls_port_that_simply_close_leave_no_line_in_the_debug_log(start: Start, pki: Pki) -> None:
+    files = {"SERVER_CERT_PATH": str(pki.good / "server.crt"), "SERVER_KEY_PATH": str(pki.good / "server.key")}
+    daemon = start("mock", DEBUG="true", **files)
+
+    for linger in (struct.pack("ii", 0, 0), struct.pack("ii", 1, 0)):  # an end, and a reset
+        probe = Talk(daemon)
+        probe.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        probe.close()
+    Talk(daemon, HEALTH).rest()  # plain HTTP, which is worth a line
+
+    eventually(lambda: events(daemon, "connection lost"))
+    assert len(events(daemon)) == len(["serving", "connection lost"]), daemon.log()
 
 
 # == Words: durations, settings ======================================================================================
@@ -2724,6 +2759,20 @@ def test_requests_are_counted_by_path_method_and_code(start: Start) -> None:
     }  # fmt: skip
 
 
+def test_requests_that_are_refused_early_are_counted_under_their_path_too(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "tokens").write_text("secret\n")
+    daemon = start("mock", SERVER_TOKEN_PATH=str(tmp_path / "tokens"))
+    known = b"Authorization: Bearer secret"
+
+    assert daemon.acquire("k").status == 401
+    assert talk(daemon, post(lock_body("k", KIB64 + 1), known)).status == 413
+    assert talk(daemon, get("/nowhere")).status == 401
+
+    page = parse_metrics(talk(daemon, get("/metrics", known)).text)["shared_lock_http_requests_total"]
+    expected = [("/lease", "POST", "401"), ("/lease", "POST", "413"), ("other", "other", "401")]
+    assert page == {frozenset(zip(("path", "method", "code"), one, strict=True)): 1 for one in expected}
+
+
 def test_the_words_of_clients_never_make_the_page_grow(start: Start) -> None:
     daemon, chance = start("mock"), random.Random(14)
 
@@ -2760,6 +2809,15 @@ def test_a_member_that_nobody_asks_is_watched(cluster: Cluster, start: Start) ->
     cluster.heal()
     eventually(lambda: of_member(daemon, MEMBER_UP, victim.url) == 1, 5)
     assert operations(daemon) == {}  # all this by itself
+
+
+def test_no_name_of_a_member_spoils_the_page(start: Start) -> None:
+    address = 'http://a"b\\c:1'
+    try:
+        shared_lock.Config.from_env({"SHARED_LOCK_ETCD_ADDR_LIST": address})
+    except shared_lock.ConfigError:
+        return  # as good
+    assert metrics(start(address))
 
 
 # == Profiles ========================================================================================================
@@ -2955,6 +3013,10 @@ def test_help_names_every_variable_and_a_wrong_command_shows_the_usage() -> None
     usage = "usage: shared_lock.py [-h] [--version] {serve}"
     assert all(text.startswith(usage) for text in (shown.stdout, bare.stderr, wrong.stderr)), shown.stdout
     assert "sevre" in wrong.stderr
+
+
+def test_the_usage_ends_with_the_command_since_it_takes_no_more() -> None:
+    assert run_module(SERVE[:1]).stderr.splitlines()[0] == "usage: shared_lock.py [-h] [--version] {serve}"
 
 
 def test_the_version_is_told_in_one_word_that_all_others_repeat() -> None:
