@@ -1847,6 +1847,18 @@ def test_two_hundred_waiters_hinder_nobody_and_leave_when_they_hang_up(start: St
     eventually(lambda: daemon.descriptors() < 20)
 
 
+def test_the_longest_wait_ends_a_second_before_a_proxy_would_cut_it(start: Start) -> None:
+    longest = f"import sys; sys.path[0] = {str(HERE)!r}; import shared_lock; shared_lock.MAX_WAIT_SECONDS = 3"
+    daemon = start("mock", command=[PYTHON, "-c", f"{longest}; sys.exit(shared_lock.main(['serve']))"])
+    daemon.acquire("k")
+
+    began = time.monotonic()
+    answer = daemon.acquire("k", **{"x-lease-wait": "3s"})
+
+    assert answer.status == 202
+    assert 1.9 < time.monotonic() - began < 2.9
+
+
 # == Cache ===========================================================================================================
 
 
