@@ -754,7 +754,7 @@ def test_a_client_is_logged_as_ipv4_where_it_is_and_as_ipv6_where_it_is(start: S
     assert [line["client"] for line in events(daemon, "granted")] == [f"127.0.0.1:{clients[0]}", f"[::1]:{clients[1]}"]
 
 
-def test_a_line_of_the_log_tells_what_serves_where_and_for_whom(start: Start, etcd: Etcd, pki: Pki, tmp_path: Path) -> None:
+def test_a_line_of_the_log_tells_what_serves_and_for_whom(start: Start, etcd: Etcd, pki: Pki, tmp_path: Path) -> None:
     (tmp_path / "tokens").write_text("secret-1\nsecret-2\n")
     files = {"SERVER_CERT_PATH": "server.crt", "SERVER_KEY_PATH": "server.key", "SERVER_CLIENT_CA_PATH": "ca.crt"}
     strict = {"SERVER_TOKEN_PATH": str(tmp_path / "tokens"), **{name: str(pki.good / at) for name, at in files.items()}}
