@@ -1752,6 +1752,22 @@ def test_a_waiter_is_served_by_any_replica(on_etcd: Daemon, etcd: Etcd, key: str
     assert waiter.result(4).status == 201
 
 
+def test_a_waiter_hears_of_a_release_here_at_once_and_of_one_elsewhere_within_half_a_second(
+    on_etcd: Daemon, etcd: Etcd, key: str, start: Start, pool: Pool
+) -> None:
+    def seconds(through: Daemon, number: int) -> float:
+        lease = on_etcd.acquire(f"{key}-{number}").text
+        [waiter] = waiters(pool, on_etcd, f"{key}-{number}")
+        assert through.release(lease).status == 200
+        released = time.monotonic()
+        assert waiter.result(5).status == 201
+        return time.monotonic() - released
+
+    elsewhere = start(etcd.url)
+    assert statistics.median(seconds(on_etcd, number) for number in range(5)) < 0.15
+    assert statistics.median(seconds(elsewhere, number) for number in range(5, 10)) < 0.5
+
+
 def test_a_waiter_is_served_when_the_lock_expires(daemon: Daemon, key: str, pool: Pool) -> None:
     daemon.acquire(key, "1s")
 
