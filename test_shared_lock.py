@@ -726,6 +726,7 @@ def test_a_log_that_is_not_read_in_time_delays_no_lock_and_tells_what_it_lost(st
         assert client.answer().status == 201
     done.set()
     eventually(lambda: daemon.acquire(f"again {next(_numbers)}").status and b"lines_lost=" in log)
+    [counted] = parse_metrics(daemon.request("GET", "/metrics").text)["shared_lock_log_lines_dropped_total"].values()
     status = daemon.stop()
     reader.join()
     pipe.close()
@@ -734,6 +735,7 @@ def test_a_log_that_is_not_read_in_time_delays_no_lock_and_tells_what_it_lost(st
     lost = sum(int(number) for line in lines for number in re.findall(r"lines_lost=([0-9]+)", line))
     assert status == 0
     assert len({line for line in lines if "event=granted key=unread-" in line}) + lost >= 3000 > lost > 0
+    assert 0 < counted <= lost
 
 
 def test_with_stderr_closed_the_log_goes_nowhere(start: Start) -> None:
@@ -741,6 +743,115 @@ def test_with_stderr_closed_the_log_goes_nowhere(start: Start) -> None:
 
     assert os.readlink(f"/proc/{daemon.process.pid}/fd/2") == os.devnull
     assert daemon.stop() == 0
+
+
+def events(daemon: Daemon, *names: str) -> list[dict[str, str]]:
+    """The fields of each line in the log whose event is one of these names; of all lines without any."""
+    word = re.compile(r'([a-z_]+)=(?:"((?:[^"\\]|\\.)*)"|(\S*))')
+    found = [word.findall(line) for line in daemon.log().splitlines()]
+    lines = [{name: quoted or plain for name, quoted, plain in words} for words in found]
+    return [line for line in lines if not names or line["event"] in names]
+
+
+def test_a_grant_and_a_release_are_logged_with_their_client(daemon: Daemon, key: str) -> None:
+    with contextlib.closing(Talk(daemon, post(b'{"key": "%s", "value": "w 1"}' % key.encode()))) as client:
+        lock = client.answer()
+        client.say(get("/lease", b"Content-Length: %d" % len(lock.body), method="DELETE") + lock.body)
+        assert client.answer().status == 200
+        address = f"127.0.0.1:{client.port}"
+
+    [granted] = [line for line in events(daemon, "granted") if line["key"] == key]
+    [released] = [line for line in events(daemon, "released") if line["key"] == key]
+    common = {"level": "info", "key": key, "lease": lock.text, "client": address}
+    more = {"event": "granted", "ttl": "10", "token": str(lock.token), "value": "w 1"}
+    assert {**granted, "time": ""} == {"time": "", **common, **more}
+    assert {**released, "time": ""} == {"time": "", **common, "event": "released"}
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "\x01" * 120, "\U000e0001" * 120], ids=["long", "escaped", "astral"])
+def test_however_a_caller_names_its_lock_the_log_tells_who_has_it(start: Start, name: str) -> None:
+    daemon = start("mock")
+
+    lock = daemon.acquire(name, value=name)
+    daemon.release(lock.text)
+
+    granted, released = eventually(lambda: len(found := events(daemon, "granted", "released")) == 2 and found)
+    assert list(granted) == ["time", "level", "event", "key", "lease", "ttl", "token", "value", "client"]
+    assert list(released) == ["time", "level", "event", "key", "lease", "client"]
+    assert granted["client"].startswith("127.0.0.1:") and released["client"].startswith("127.0.0.1:")
+
+
+def test_a_client_is_logged_as_ipv4_where_it_is_and_as_ipv6_where_it_is(start: Start) -> None:
+    daemon = start("mock", SERVER_HOST="")
+    clients = []
+
+    for address in ("127.0.0.1", "::1"):
+        with socket.create_connection((address, daemon.port), timeout=10) as sock:
+            sock.sendall(post(lock_body(address)))
+            assert sock.recv(12) == b"HTTP/1.1 201"
+            clients.append(str(sock.getsockname()[1]))
+
+    assert [line["client"] for line in events(daemon, "granted")] == [f"127.0.0.1:{clients[0]}", f"[::1]:{clients[1]}"]
+
+
+def test_a_line_of_the_log_tells_what_serves_and_for_whom(start: Start, etcd: Etcd, pki: Pki, tmp_path: Path) -> None:
+    (tmp_path / "tokens").write_text("secret-1\nsecret-2\n")
+    files = {"SERVER_CERT_PATH": "server.crt", "SERVER_KEY_PATH": "server.key", "SERVER_CLIENT_CA_PATH": "ca.crt"}
+    strict = {"SERVER_TOKEN_PATH": str(tmp_path / "tokens"), **{name: str(pki.good / at) for name, at in files.items()}}
+    address = etcd.url.removeprefix("http://")
+    both = {"storage": "etcd", "members": f"{address},localhost:{etcd.port}"}
+    expected: list[tuple[Daemon, dict[str, str]]] = [
+        (start("mock"), {"storage": "mock", "tls": "no", "callers_need": "nothing"}),
+        (start(f"{etcd.url}, localhost:{etcd.port}"), {**both, "tls": "no", "callers_need": "nothing"}),
+        (start("mock", **strict), {"storage": "mock", "tls": "yes", "callers_need": "token+certificate"}),
+    ]
+
+    for daemon, shown in expected:
+        told = {"level": "info", "event": "serving", "version": shared_lock.VERSION, **shown}
+        [line] = events(daemon, "serving")
+        assert line | {"time": ""} == told | {"time": "", "address": f"127.0.0.1:{daemon.port}"}
+        assert "secret" not in daemon.log()
+
+
+def test_the_line_that_tells_what_serves_is_the_first_even_if_no_member_can_be_reached(start: Start) -> None:
+    daemon = start(f"http://127.0.0.1:{free_port()}")
+
+    eventually(lambda: events(daemon, "etcd member failed"))
+
+    assert events(daemon)[0]["event"] == "serving"  # a member's failure, or a warning of its release, comes later
+
+
+def test_clients_that_simply_close_leave_no_line_in_the_debug_log(start: Start) -> None:
+    daemon = start("mock", DEBUG="true")
+    reset = struct.pack("ii", 1, 0)  # SO_LINGER: a close becomes a reset
+
+    for asks, resets in itertools.product((False, True), repeat=2):
+        client = Talk(daemon, HEALTH if asks else b"")
+        assert not asks or client.answer().status == 200
+        if resets:
+            client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+        client.close()
+    cut = Talk(daemon, HEALTH[:-2])
+    cut.close()
+
+    lost = eventually(lambda: events(daemon, "connection lost"))
+    assert daemon.stop() == 0
+    assert [line["client"] for line in lost] == [f"127.0.0.1:{cut.port}"]  # that one did not simply close
+    assert len(events(daemon)) == len(["serving", "request", "request", "connection lost", "stopping", "stopped"])
+
+
+def test_probes_of_a_tls_port_that_simply_close_leave_no_line_in_the_debug_log(start: Start, pki: Pki) -> None:
+    files = {"SERVER_CERT_PATH": str(pki.good / "server.crt"), "SERVER_KEY_PATH": str(pki.good / "server.key")}
+    daemon = start("mock", DEBUG="true", **files)
+
+    for linger in (struct.pack("ii", 0, 0), struct.pack("ii", 1, 0)):  # an end, and a reset
+        probe = Talk(daemon)
+        probe.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        probe.close()
+    Talk(daemon, HEALTH).rest()  # plain HTTP, which is worth a line
+
+    eventually(lambda: events(daemon, "connection lost"))
+    assert len(events(daemon)) == len(["serving", "connection lost"]), daemon.log()
 
 
 # == Words: durations, settings ======================================================================================
@@ -878,6 +989,22 @@ def test_a_value_that_cannot_be_used_stops_the_start(name: str, text: str) -> No
 
     assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
     assert f"SHARED_LOCK_{name}" in ended.stderr and text in ended.stderr
+
+
+def test_a_variable_that_is_none_of_ours_is_warned_of_and_kubernetes_service_links_are_not(start: Start) -> None:
+    typos = {"ETCD_ADDRS": "http://secret:1", "ETCD_TIME_OUT": "5s", "SERVER_PORTS": "1", "server_port": "1", "": "x"}
+    link, at = "tcp://10.0.0.1:8080", "10.0.0.1"
+    links = {"SERVICE_HOST": at, "SERVICE_PORT": "8080", "SERVICE_PORT_HTTP_2": "8080", "PORT": link}  # "shared-lock"
+    links |= {"PORT_8080_TCP": link, "PORT_8080_TCP_PROTO": "tcp", "PORT_8080_TCP_PORT": "8080"}
+    links |= {"PORT_8080_TCP_ADDR": at, "WEB_SERVICE_HOST": at, "WEB_PORT": link, "WEB_PORT_53_UDP": "udp://[::1]:53"}
+
+    daemon = start("mock", **typos, **links)
+    daemon.request("GET", "/health")
+
+    warned = eventually(lambda: len(found := events(daemon, "unknown variable")) == len(typos) and found)
+    assert {line["variable"] for line in warned} == {f"SHARED_LOCK_{name}" for name in typos}
+    assert {line["level"] for line in warned} == {"warning"}
+    assert "secret" not in daemon.log()  # a password may be among the values
 
 
 class Pki(NamedTuple):
@@ -2495,6 +2622,22 @@ def test_a_waiter_is_served_by_any_replica(on_etcd: Daemon, etcd: Etcd, key: str
     assert waiter.result(4).status == 201
 
 
+def test_a_waiter_hears_of_a_release_here_at_once_and_of_one_elsewhere_within_half_a_second(
+    on_etcd: Daemon, etcd: Etcd, key: str, start: Start, pool: Pool
+) -> None:
+    def seconds(through: Daemon, number: int) -> float:
+        lease = on_etcd.acquire(f"{key}-{number}").text
+        [waiter] = waiters(pool, on_etcd, f"{key}-{number}")
+        assert through.release(lease).status == 200
+        released = time.monotonic()
+        assert waiter.result(5).status == 201
+        return time.monotonic() - released
+
+    elsewhere = start(etcd.url)
+    assert statistics.median(seconds(on_etcd, number) for number in range(5)) < 0.15
+    assert statistics.median(seconds(elsewhere, number) for number in range(5, 10)) < 0.5
+
+
 def test_a_waiter_is_served_when_the_lock_expires(daemon: Daemon, key: str, pool: Pool) -> None:
     daemon.acquire(key, "1s")
 
@@ -2591,6 +2734,18 @@ def test_two_hundred_waiters_hinder_nobody_and_leave_when_they_hang_up(start: St
         assert time.monotonic() - started < 5
 
     eventually(lambda: daemon.descriptors() < 20)
+
+
+def test_the_longest_wait_ends_a_second_before_a_proxy_would_cut_it(start: Start) -> None:
+    longest = f"import sys; sys.path[0] = {str(HERE)!r}; import shared_lock; shared_lock.MAX_WAIT_SECONDS = 3"
+    daemon = start("mock", command=[PYTHON, "-c", f"{longest}; sys.exit(shared_lock.main(['serve']))"])
+    daemon.acquire("k")
+
+    began = time.monotonic()
+    answer = daemon.acquire("k", **{"x-lease-wait": "3s"})
+
+    assert answer.status == 202
+    assert 1.9 < time.monotonic() - began < 2.9
 
 
 # == Cache ===========================================================================================================
@@ -3711,20 +3866,90 @@ def test_it_starts_without_etcd_and_readiness_follows_etcd_while_health_does_not
         etcd.stop()
 
 
-def test_operations_are_counted_under_the_names_of_the_go_service(start: Start) -> None:
-    daemon = start("mock", CACHE_ENABLED="true")
+MUST_BE_FREE, MUST_EXIST = {"If-None-Match": "*"}, {"If-Match": "*"}
+GRANTS = "shared_lock_lease_grant_duration_seconds"
+MEMBER_UP, MEMBER_ERRORS = "shared_lock_etcd_member_up", "shared_lock_etcd_errors_total"
+Samples = dict[frozenset[tuple[str, str]], float]
 
-    lease = daemon.acquire("count-me", value="my-value").text
-    assert [daemon.acquire("count-me").status for _ in range(3)] == [202] * 3
+
+def metrics(daemon: Daemon) -> dict[str, Samples]:
+    """The page, which is as Prometheus wants it; promtool has a look, too, where there is one."""
+    answer = daemon.request("GET", "/metrics")
+    assert answer.headers["content-type"].replace(" ", "") == "text/plain;version=0.0.4;charset=utf-8"
+    if shutil.which("promtool"):
+        checked = subprocess.run(["promtool", "check", "metrics"], input=answer.body, capture_output=True, timeout=30)
+        assert (checked.returncode, checked.stdout + checked.stderr) == (0, b"")
+    return parse_metrics(answer.text)
+
+
+def of_member(daemon: Daemon, name: str, url: str) -> float:
+    return parse_metrics(daemon.request("GET", "/metrics").text)[name][frozenset({("member", url)})]
+
+
+def test_operations_are_counted_under_the_names_of_the_go_service(daemon: Daemon, key: str) -> None:
+    before = collections.Counter(operations(daemon))
+
+    lease = daemon.acquire(key, value="my-value").text
+    assert [daemon.acquire(key, **headers).status for headers in ({}, {}, MUST_BE_FREE)] == [202, 202, 412]
     assert [daemon.keep_alive(body).status for body in (lease, lease, "17", "x", '"x"')] == [200, 200, 204, 400, 500]
-    assert [daemon.release(body).status for body in (lease, lease, "x")] == [200, 204, 400]
-    assert [daemon.acquire(key, ttl).status for key, ttl in (("", "1s"), ("k", "x"), ("k", "1s"))] == [400, 400, 201]
+    assert daemon.request("POST", "/keepalive", "17", MUST_EXIST).status == 412
+    assert [daemon.release(body).status for body in (lease, lease, "x", '"x"')] == [200, 204, 400, 500]
+    assert daemon.request("DELETE", "/lease", lease, MUST_EXIST).status == 412
+    assert [daemon.acquire(k, ttl).status for k, ttl in (("", "1s"), (key, "x"), (key, "1s"))] == [400, 400, 201]
 
-    assert operations(daemon) == {"get created": 2, "get accepted": 3, "prolong success": 2, "prolong failure": 1,
-                                  "release success": 1, "release failure": 1}  # fmt: skip
-    assert operations(daemon, "cache") == {"get hit": 3, "get miss": 2, "set success": 2}
+    assert collections.Counter(operations(daemon)) - before == {
+        "get created": 2, "get accepted": 3, "prolong success": 2, "prolong failure": 2, "release success": 1,
+        "release failure": 2,
+    }  # fmt: skip
     text = daemon.request("GET", "/metrics").text
-    assert not any(secret in text for secret in ("count-me", "my-value", lease))
+    assert not any(secret in text for secret in (key, "my-value", lease))
+
+
+@pytest.mark.parametrize("storage", ["memory", "etcd"])
+def test_what_alerts_rely_on_is_on_the_page_from_the_start(start: Start, etcd: Etcd, storage: str) -> None:
+    daemon = start("mock" if storage == "memory" else etcd.url)
+
+    page = metrics(daemon)
+
+    wanted = {("get", status) for status in ("created", "accepted", "error")}
+    wanted |= {(name, status) for name in ("prolong", "release") for status in ("success", "failure", "error")}
+    labels = [frozenset({("operation", name), ("status", status)}) for name, status in wanted]
+    assert page["shared_lock_lease_operations_total"] == dict.fromkeys(labels, 0)
+    assert page["shared_lock_build_info"] == {frozenset({("version", shared_lock.VERSION)}): 1}
+    assert page["shared_lock_waiting"] == page["shared_lock_log_lines_dropped_total"] == {frozenset(): 0}
+    members = [] if storage == "memory" else [frozenset({("member", etcd.url)})]
+    assert list(page.get(MEMBER_UP, ())) == list(page.get(MEMBER_ERRORS, ())) == members
+
+
+def test_the_page_tells_about_its_process(start: Start) -> None:
+    daemon = start("mock")
+
+    page = metrics(daemon)
+    process = {name: values[frozenset()] for name, values in page.items() if name.startswith("process_")}
+    limit = resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE)[0]
+
+    assert abs(process.pop("process_start_time_seconds") - time.time()) < 60
+    assert 0 < process.pop("process_cpu_seconds_total") < 60
+    assert 8 << 20 < process.pop("process_resident_memory_bytes") < 256 << 20
+    assert abs(process.pop("process_open_fds") - daemon.descriptors()) < 5
+    assert process == {"process_max_fds": limit}
+
+
+def test_uses_of_the_cache_are_counted_under_the_names_of_the_go_service(start: Start) -> None:
+    daemon = start("mock", CACHE_ENABLED="true", CACHE_SIZE="2")
+    before = operations(daemon, "cache")
+
+    statuses = [daemon.acquire("a", "1s").status, daemon.acquire("a").status]  # miss, success; hit
+    time.sleep(1.05)
+    statuses.append(daemon.acquire("a").status)  # expired, update
+    statuses += [daemon.acquire(key).status for key in "bc"]  # misses, successes; the second drops a
+    statuses.append(daemon.acquire("a").status)  # miss; held, which is remembered; drops b
+
+    assert (before, statuses) == ({}, [201, 202, 201, 201, 201, 202])
+    assert operations(daemon, "cache") == {
+        "get miss": 4, "get hit": 1, "get expired": 1, "set success": 4, "set update": 1, "evict size_limit": 2
+    }  # fmt: skip
+    assert metrics(daemon)  # a page of this is well-formed, too
 
 
 def test_what_becomes_of_a_full_cache_and_of_its_entries_is_counted(start: Start) -> None:
@@ -3743,18 +3968,32 @@ def test_the_time_of_grants_and_refusals_is_a_cumulative_histogram(start: Start)
     daemon = start("mock")
     for number in range(5):
         daemon.acquire(str(number))
-    daemon.acquire("0")
+    lease = daemon.acquire("held").text
+    refusals = [daemon.acquire("held", **headers).status for headers in ({}, {}, MUST_BE_FREE)]
+    daemon.acquire("held", **{"x-lease-wait": "1s"})
+    others = [daemon.acquire("").status, daemon.acquire("k", "x").status, daemon.keep_alive(lease).status]
 
-    answer = daemon.request("GET", "/metrics")
+    page = metrics(daemon)
 
-    assert answer.headers["content-type"].replace(" ", "") == "text/plain;version=0.0.4;charset=utf-8"
-    samples, name = parse_metrics(answer.text), "shared_lock_lease_grant_duration_seconds"
-    buckets = {float(dict(labels)["le"]): count for labels, count in samples[name + "_bucket"].items()}
-    assert {dict(labels)["operation"] for labels in samples[name + "_bucket"]} == {"get"}
-    assert (min(buckets), sorted(buckets)[-2], max(buckets)) == (0.001, 8, math.inf)
-    assert list(buckets) == sorted(buckets) and list(buckets.values()) == sorted(buckets.values())
-    assert buckets[math.inf] == samples[name + "_count"][frozenset({("operation", "get")})] == 6
-    assert 0 < samples[name + "_sum"][frozenset({("operation", "get")})] < 6
+    buckets = {float(dict(labels)["le"]): count for labels, count in page[GRANTS + "_bucket"].items()}
+    bounds = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, math.inf]
+    assert (refusals, others) == ([202, 202, 412], [400, 400, 200])
+    assert {dict(labels)["operation"] for labels in page[GRANTS + "_bucket"]} == {"get"}
+    assert list(buckets) == bounds and list(buckets.values()) == sorted(buckets.values())
+    get_only = frozenset({("operation", "get")})
+    assert buckets[math.inf] == page[GRANTS + "_count"][get_only] == 5 + 1 + 3 + 1
+    assert 0 < page[GRANTS + "_sum"][get_only] < 0.9  # without the second in line
+
+
+def test_a_grant_that_took_its_time_is_in_a_later_bucket(start: Start, proxy: Proxy, key: str) -> None:
+    daemon = start(proxy.url)
+    eventually(daemon.ready)
+    proxy.rule = ("/v3/lease/grant", "hold", 1)
+
+    assert daemon.acquire(key).status == 201
+
+    buckets = {float(dict(labels)["le"]): count for labels, count in metrics(daemon)[GRANTS + "_bucket"].items()}
+    assert (buckets[0.25], buckets[8], buckets[math.inf]) == (0, 1, 1)
 
 
 def test_a_caller_that_waits_is_counted_once(start: Start, pool: Pool) -> None:
@@ -3762,11 +4001,97 @@ def test_a_caller_that_waits_is_counted_once(start: Start, pool: Pool) -> None:
     lease = daemon.acquire("k").text
     daemon.acquire("k", **{"x-lease-wait": "1s"})
     [waiter] = waiters(pool, daemon, "k")
+    in_line = metrics(daemon)["shared_lock_waiting"][frozenset()]
 
     daemon.release(lease)
 
     assert waiter.result(5).status == 201
     assert operations(daemon) == {"get created": 2, "get accepted": 1, "release success": 1}
+    assert (in_line, metrics(daemon)["shared_lock_waiting"][frozenset()]) == (1, 0)
+
+
+def test_requests_are_counted_by_path_method_and_code(start: Start) -> None:
+    daemon = start("mock", PPROF_ENABLED="true")
+
+    lease = daemon.acquire("k").text
+    daemon.acquire("k")
+    daemon.acquire("k", **MUST_BE_FREE)
+    daemon.look("k")
+    daemon.keep_alive(lease)
+    daemon.release(lease)
+    for method, path in [("HEAD", "/health"), ("GET", "/ready"), ("GET", "/debug/pprof/"), ("PATCH", "/lease"),
+                         ("BREW", "/tea"), ("GET", "/lease/")]:  # fmt: skip
+        daemon.request(method, path)
+    talk(daemon, b"nonsense\r\n\r\n")
+
+    named = ["path", "method", "code"]
+    counted = metrics(daemon)["shared_lock_http_requests_total"]
+    assert {" ".join(dict(labels)[name] for name in named): n for labels, n in counted.items()} == {
+        "/lease POST 201": 1, "/lease POST 202": 1, "/lease POST 412": 1, "/lease GET 200": 1,
+        "/keepalive POST 200": 1, "/lease DELETE 200": 1, "/health HEAD 200": 1, "/ready GET 200": 1,
+        "/debug/pprof/ GET 200": 1, "/lease other 405": 1, "other other 404": 2, "other other 400": 1,
+    }  # fmt: skip
+
+
+def test_requests_that_are_refused_early_are_counted_under_their_path_too(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "tokens").write_text("secret\n")
+    daemon = start("mock", SERVER_TOKEN_PATH=str(tmp_path / "tokens"))
+    known = b"Authorization: Bearer secret"
+
+    assert daemon.acquire("k").status == 401
+    assert talk(daemon, post(lock_body("k", KIB64 + 1), known)).status == 413
+    assert talk(daemon, get("/nowhere")).status == 401
+
+    page = parse_metrics(talk(daemon, get("/metrics", known)).text)["shared_lock_http_requests_total"]
+    expected = [("/lease", "POST", "401"), ("/lease", "POST", "413"), ("other", "other", "401")]
+    assert page == {frozenset(zip(("path", "method", "code"), one, strict=True)): 1 for one in expected}
+
+
+def test_the_words_of_clients_never_make_the_page_grow(start: Start) -> None:
+    daemon, chance = start("mock"), random.Random(14)
+
+    def nonsense(kind: str) -> bytes:
+        word = "".join(chance.choices("abcxyzABC", k=9))
+        path = {"path": f"/{word}", "method": "/keepalive", "query": f"/lease?key={word}", "version": "/x"}[kind]
+        head = get(path, method=word if kind == "method" else "GET", version="3.1" if kind == "version" else "1.1")
+        return head if kind != "version" else head.replace(b"HTTP/3.1", b"HTTP/1.1\r\n" + word.encode())
+
+    def send(count: int) -> set[str]:
+        requests = [nonsense(kind) for kind in itertools.islice(itertools.cycle(["path", "method", "query"]), count)]
+        with contextlib.closing(Talk(daemon)) as client:
+            for first in range(0, count, 100):
+                client.say(b"".join(requests[first : first + 100]))
+                assert {client.answer().status for _ in requests[first : first + 100]} == {404, 405}
+        assert {talk(daemon, nonsense("version")).status for _ in range(count // 100)} <= {400}
+        return {f"{name} {sorted(labels)}" for name, values in metrics(daemon).items() for labels in values}
+
+    daemon.request("GET", "/metrics")
+    assert send(300) == send(10_000)
+
+
+def test_a_member_that_nobody_asks_is_watched(cluster: Cluster, start: Start) -> None:
+    daemon, victim = start(cluster.urls), cluster.follower()
+    others = [member.url for member in cluster.members if member is not victim]
+    eventually(lambda: all(of_member(daemon, MEMBER_UP, member.url) for member in cluster.members))
+    assert of_member(daemon, MEMBER_ERRORS, victim.url) == 0
+
+    kill(victim)
+
+    eventually(lambda: of_member(daemon, MEMBER_UP, victim.url) == 0, 2)
+    assert of_member(daemon, MEMBER_ERRORS, victim.url) > 0
+    assert [of_member(daemon, MEMBER_UP, url) for url in others] == [1, 1]
+    cluster.heal()
+    eventually(lambda: of_member(daemon, MEMBER_UP, victim.url) == 1, 5)
+    assert operations(daemon) == {}  # all this by itself
+
+
+def test_no_name_of_a_member_spoils_the_page(start: Start) -> None:
+    address = 'http://a"b\\c:1'
+    try:
+        shared_lock.Config.from_env({"SHARED_LOCK_ETCD_ADDR_LIST": address})
+    except shared_lock.ConfigError:
+        return  # as good
+    assert metrics(start(address))
 
 
 # == Profiles ========================================================================================================
@@ -3957,9 +4282,23 @@ def test_help_names_every_variable_and_a_wrong_command_shows_the_usage() -> None
     shown, bare, wrong = run_module([SERVE[0], "--help"]), run_module(SERVE[:1]), run_module([SERVE[0], "sevre"])
 
     assert (shown.returncode, bare.returncode, wrong.returncode) == (0, 2, 2)
-    names = {f"SHARED_LOCK_{name}" for name, _ in UNUSABLE} | {"SHARED_LOCK_SERVER_HOST", "SHARED_LOCK_CLIENT_KEY_PATH"}
+    names = {shared_lock.variable(one.name) for one in dataclasses.fields(shared_lock.Config)}
     assert names <= set(shown.stdout.split()) and shown.stderr == ""
-    assert bare.stderr.startswith("usage: ") and "sevre" in wrong.stderr and "serve" in wrong.stderr
+    usage = "usage: shared_lock.py [-h] [--version] {serve}"
+    assert all(text.startswith(usage) for text in (shown.stdout, bare.stderr, wrong.stderr)), shown.stdout
+    assert "sevre" in wrong.stderr
+
+
+def test_the_usage_ends_with_the_command_since_it_takes_no_more() -> None:
+    assert run_module(SERVE[:1]).stderr.splitlines()[0] == "usage: shared_lock.py [-h] [--version] {serve}"
+
+
+def test_the_version_is_told_in_one_word_that_all_others_repeat() -> None:
+    told = run_module([SERVE[0], "--version"])
+
+    assert (told.returncode, told.stderr) == (0, "")
+    assert re.fullmatch(r"shared-lock \d+\.\d+\.\d+\n", told.stdout)  # the log and the metrics tell VERSION, too
+    assert told.stdout.split() == ["shared-lock", shared_lock.VERSION]
 
 
 @pytest.mark.parametrize("family, taken, host", [
@@ -5277,6 +5616,176 @@ def test_the_health_check_of_the_image_tells_a_daemon_from_none(on_memory: Daemo
 
     assert check(on_memory.port) == 0
     assert check(free_port()) == 1
+
+
+# == README.md: what it shows is run as it stands ====================================================================
+
+README = (HERE / "README.md").read_text()
+
+
+def blocks(kind: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{kind}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def shell(name: str) -> str:
+    """The path of a shell. sh is everywhere; where another is not installed, its test is skipped."""
+    path = shutil.which(name)
+    if not path and name != "sh":
+        pytest.skip(f"no {name} on this machine")
+    assert path, "no sh on PATH"
+    return path
+
+
+@pytest.mark.parametrize("options", ["sh -i", "bash --norc -i", "zsh -f -i"])
+def test_the_first_screen_can_be_pasted_into_a_shell_and_prints_what_it_says(tmp_path: Path, options: str) -> None:
+    name, *rest = options.split()
+    command, port = [shell(name), *rest], free_port()
+    screen = README.partition("\n## ")[0]
+    shutil.copy(SERVE[0], tmp_path)
+    (tmp_path / "python3").write_text(f'#!/bin/sh\nexec {shlex.quote(PYTHON)} "$@"\n')
+    (tmp_path / "python3").chmod(0o755)
+    (tmp_path / ".curlrc").write_text(f'connect-to = "localhost:8080::{port}"\n')  # others may use the port 8080
+    home = {"HOME": str(tmp_path), "CURL_HOME": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    env = clean_env() | home | {"SHARED_LOCK_SERVER_PORT": str(port)}
+
+    pasted = "".join(f"{block}echo '<end of block>'\n" for block in blocks("sh", screen))
+    ended = subprocess.run(
+        command, input=pasted, env=env, cwd=tmp_path, text=True, capture_output=True, timeout=60,
+        start_new_session=True,  # an interactive shell takes the terminal
+    )  # fmt: skip
+
+    printed = [part.lstrip("\n") for part in ended.stdout.split("<end of block>")]
+    ttl = re.compile('(?<="ttl": )5[0-9]')  # what is left of 60 s
+    assert (ended.returncode, len(printed)) == (0, 4), ended.stderr
+    assert [ttl.sub("59", part) for part in printed] == [*blocks("text", screen), ""]
+    log = (tmp_path / "shared_lock.log").read_text()
+    assert log.count("event=granted") == log.count("event=released") == log.count("event=stopped") == 1
+
+
+class Guarded:
+    """The README's script for cron, in sh; its job is a line for sh that runs in a folder of its own."""
+
+    def __init__(self, folder: Path, url: str, key: str, job: str) -> None:
+        [script] = [block for block in blocks("sh") if block.startswith("#!/bin/sh\n")]
+        settings = {"SHARED_LOCK_URL": url, "SHARED_LOCK_KEY": key, "SHARED_LOCK_TTL": "10", "SHARED_LOCK_JOB": job}
+        self.folder = folder
+        (folder / "script").write_text(script)
+        self.process = subprocess.Popen(
+            [shell("sh"), "script"], cwd=folder, env=clean_env() | settings, stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def wait(self) -> tuple[int, str]:
+        """Its exit status and what it says; dash says "Terminated" of the keeper, too."""
+        said = self.process.communicate(timeout=30)[1]
+        return self.process.returncode, said.replace("Terminated\n", "")
+
+    def has(self, name: str) -> bool:
+        """Whether the job has made this file."""
+        return (self.folder / name).exists()
+
+
+@pytest.fixture
+def guarded(tmp_path: Path, on_memory: Daemon, key: str) -> Iterator[Callable[..., Guarded]]:
+    """Starts the script: guarded("a line for sh", url); it ends with the test."""
+    started: list[Guarded] = []
+
+    def start_one(job: str, url: str = on_memory.url) -> Guarded:
+        started.append(Guarded(tmp_path, url, key, job))
+        return started[-1]
+
+    yield start_one
+    for one in started:
+        if one.process.poll() is None:
+            one.process.terminate()
+            one.wait()
+
+
+def test_of_two_copies_of_the_readmes_script_one_runs_its_job(
+    guarded: Callable[..., Guarded], on_memory: Daemon, key: str, tmp_path: Path
+) -> None:
+    copies = [guarded("echo ran >>ran; while [ ! -e go ]; do sleep 0.05; done; exit 7") for _ in range(2)]
+
+    refused = eventually(lambda: next((one for one in copies if one.process.poll() is not None), None))
+    assert (refused.wait(), is_free(on_memory, key)) == ((73, ""), False)
+    (tmp_path / "go").touch()
+
+    [holder] = [one for one in copies if one is not refused]
+    assert holder.wait() == (7, "")  # the job's
+    assert (tmp_path / "ran").read_text() == "ran\n"
+    assert is_free(on_memory, key)
+
+
+def test_the_readmes_script_keeps_its_lock_until_it_is_stopped(
+    guarded: Callable[..., Guarded], on_memory: Daemon, key: str
+) -> None:
+    renewed = operations(on_memory).get("prolong success", 0)
+    holder = guarded("trap 'sleep 0.5; echo >stopped; exit' TERM; echo >began; while :; do sleep 0.05; done")
+
+    eventually(lambda: operations(on_memory).get("prolong success", 0) > renewed, 15)
+    holder.process.terminate()
+
+    assert holder.wait() == (143, "")
+    assert holder.has("stopped") and is_free(on_memory, key)
+
+
+@pytest.mark.parametrize("loss", ["released", "frozen"])
+def test_the_readmes_script_stops_its_job_when_the_lock_is_lost_or_may_be(
+    guarded: Callable[..., Guarded], start: Start, key: str, tmp_path: Path, loss: str
+) -> None:
+    daemon, job = start("mock"), {"released": "trap 'echo >stopped; exit 0' TERM", "frozen": "trap '' TERM"}[loss]
+    holder = guarded(f"{job}; while :; do echo >beat; sleep 0.05; done", daemon.url)
+    eventually(lambda: holder.has("beat"))
+    began = time.monotonic()
+
+    if loss == "released":
+        [granted] = events(daemon, "granted")
+        assert daemon.release(granted["lease"]).status == 200
+        assert daemon.acquire(key).status == 201
+        ended = holder.wait()
+    else:
+        daemon.process.send_signal(signal.SIGSTOP)
+        eventually(lambda: time.time() - (tmp_path / "beat").stat().st_mtime > 1.5, 20)
+        assert time.monotonic() - began - 1.5 < 10  # before the ttl is over
+        daemon.process.send_signal(signal.SIGCONT)
+        ended = holder.wait()
+
+    assert ended == (75, "the lock is lost, or may be soon: the job is stopped\n")
+    assert holder.has("stopped") == (loss == "released")
+    assert is_free(daemon, key) == (loss == "frozen")  # the next holder's lock is not touched
+
+
+def test_without_a_service_the_readmes_script_runs_nothing(guarded: Callable[..., Guarded]) -> None:
+    alone = guarded("echo >ran", f"http://127.0.0.1:{free_port()}")
+
+    assert alone.wait() == (69, "no lock: status 000\n")
+    assert not alone.has("ran")
+
+
+def test_the_alert_rules_ask_for_samples_that_are_there_from_the_start(
+    start: Start, etcd: Etcd, tmp_path: Path
+) -> None:
+    [rules] = blocks("yaml")
+    page = metrics(start(etcd.url))
+
+    asked = re.findall(r"(shared_lock_\w+)(?:\{(.*?)\})?", rules)
+    wanted = [(name, set(re.findall(r'(\w+)="(\w+)"', labels))) for name, labels in asked]
+    assert len(wanted) >= 5
+    for name, labels in wanted:
+        assert any(labels <= found for found in page[name]), (name, labels)
+    if shutil.which("promtool"):
+        (tmp_path / "rules.yaml").write_text(rules)
+        command = ["promtool", "check", "rules", str(tmp_path / "rules.yaml")]
+        checked = subprocess.run(command, text=True, capture_output=True, timeout=30)
+        assert (checked.returncode, "3 rules found" in checked.stdout) == (0, True), checked.stdout + checked.stderr
+
+
+def test_the_readme_lists_every_variable_with_its_default() -> None:
+    table = dict(re.findall(r"^\| (SHARED_LOCK_\w+) \| (.*?) ?\| .+ \|$", README, re.MULTILINE))
+
+    assert table == {
+        shared_lock.variable(one.name): one.metadata["default"] for one in dataclasses.fields(shared_lock.Config)
+    }
 
 
 # == Benchmark: how fast, beside one raw gateway call of the same kind ===============================================
