@@ -21,8 +21,8 @@ If the runner itself is killed, a shell that waits for that kills the group. Wha
 stops in time when SIGSTOP holds its runner, or the whole machine is paused; and what leaves the group is on its own.
 Only what the command writes to can be sure, by refusing a fencing token smaller than one it has seen.
 
---keep: nobody releases the lock, its ttl runs once more from the end of the command. So only one of many machines runs
-a job that takes no time, if the ttl is longer than their clocks differ.
+With --keep the ttl runs once more from the end of the command, and nobody releases the lock: so only one of many
+machines runs a job that takes no time, if the ttl is longer than their clocks differ.
 
 The command gets SHARED_LOCK_FENCING_TOKEN (larger for each next holder), SHARED_LOCK_LEASE (its ID), SHARED_LOCK_KEY.
 The exit status is its own, or 128 + N where signal N ended it or the wait, and
@@ -53,30 +53,17 @@ import time
 import urllib.parse
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 WAIT_SECONDS = 30  # of one request for the lock; well below the 60 s after which many a proxy cuts a silent connection
 ANSWER_SECONDS = 10  # a request for the lock may take so much longer: shared-lock's own way to etcd and back
-COURTESY_SECONDS = 3  # to ask who holds the lock, to withdraw a request
-PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1, 10  # between requests for the lock; doubles with each that fails
 TICK_SECONDS = 0.1  # how late the end of a lease may be noticed when the machine was suspended meanwhile
-
-RENEW_AT = 1 / 3  # of the ttl: leaves time for several tries, and is still only 3 requests per ttl
-RETRY_AFTER = 1 / 12  # of the ttl, and at most 5 s: 4 tries before SIGTERM
-TIMEOUT = 1 / 6  # of the ttl, and at most 10 s: a try that hangs does not use up the time of the next
-KILL_AT = 0.9  # of the ttl: the rest is for a scheduler that is late, and for two clocks that do not tick alike
-GRACE = 1 / 4  # of the ttl, and at most 10 s: between SIGTERM and SIGKILL
-
-UNAVAILABLE, HELD, LOST = 69, 73, 75  # EX_UNAVAILABLE, EX_CANTCREAT and EX_TEMPFAIL of sysexits.h
-
-# All but those that nobody can catch, that a fault of our own raises, and that end nothing.
-NOT_ENDING = r"SIG(KILL|STOP|BUS|FPE|ILL|SEGV|SYS|CHLD|CLD|CONT|TSTP|TTIN|TTOU|URG|WINCH|INFO)"
+# All signals but those that nobody can catch, that a fault of our own raises, and that end nothing.
+NOT_ENDING = "SIG(KILL|STOP|BUS|FPE|ILL|SEGV|SYS|CHLD|CLD|CONT|TSTP|TTIN|TTOU|URG|WINCH|INFO)"
 ENDING = {one for one in signal.valid_signals() if not re.fullmatch(NOT_ENDING, getattr(one, "name", ""))}
-
 # What the next try will meet as well: a certificate that is not accepted, no HTTP. Not so a cut connection.
 HOPELESS = (ssl.SSLError, http.client.HTTPException, ValueError)
 CUT = (http.client.RemoteDisconnected, http.client.IncompleteRead, ssl.SSLEOFError, ssl.SSLZeroReturnError)
-
 # Kills the group whose number it reads, if its standard input ends before the word that all is well.
 EXECUTIONER = "exec >/dev/null 2>&1; trap '' HUP INT QUIT TERM; read group && { read well || kill -9 -$group; }"
 
@@ -92,18 +79,23 @@ def say(text: str) -> None:
         os.write(2, f"example.py: {line}\n".encode(errors="backslashreplace"))
 
 
+def give_up(reason: str) -> NoReturn:
+    say(reason)
+    sys.exit(69)  # EX_UNAVAILABLE of sysexits.h
+
+
 def run(lock: Lock, command_line: list[str], options: argparse.Namespace) -> int:
-    """Runs the command under the lock; returns the exit status, -N for signal N. Raises Refused, SystemExit(-N)."""
+    """Runs the command under the lock; returns the exit status, or exits with it. It is -N for signal N."""
     signals: queue.SimpleQueue[int] = queue.SimpleQueue()
     try:
         on_signals(ENDING, lambda number: sys.exit(-number))  # while it waits there is nothing to hand a signal on to
         if not lock.acquire(options.wait):
             return int(options.conflict_exit_code)
         on_signals({*ENDING, signal.SIGTSTP, signal.SIGCONT, signal.SIGWINCH}, signals.put)
-        signal.signal(signal.SIGCHLD, lambda number, frame: signals.put(0))  # only to look at once
     except BaseException:
         lock.withdraw()
         raise
+    signal.signal(signal.SIGCHLD, lambda number, frame: signals.put(0))  # only to look at once
     try:
         command = Command(command_line, lock)
     except OSError as fault:
@@ -118,7 +110,7 @@ def run(lock: Lock, command_line: list[str], options: argparse.Namespace) -> int
         (lock.renew if kept and options.keep else lock.release)()
     if not kept:
         say("command stopped: the lock " + ("is lost" if lock.gone else "could not be kept alive in time"))
-    return command.status or 0 if kept else LOST
+    return command.status or 0 if kept else 75  # EX_TEMPFAIL: try again later
 
 
 def on_signals(numbers: Iterable[int], action: Callable[[int], object]) -> None:
@@ -194,27 +186,25 @@ class Command:
             self.reap()
             time.sleep(TICK_SECONDS / 10)
         os.write(self._executioner, b"well\n")
-        self._take_terminal()
+        self._move_terminal(self.pid, os.getpgrp())
 
     def lend_terminal(self, needed: bool = False) -> bool:
-        """Makes its group the foreground one if ours is; says whether it is. Other parts of a pipeline need it, too."""
-        with contextlib.suppress(OSError):
-            if os.tcgetpgrp(self._terminal) == os.getpgrp() and (needed or os.isatty(1)):
-                os.tcsetpgrp(self._terminal, self.pid)
-            return os.tcgetpgrp(self._terminal) == self.pid
-        return False
+        """Says whether it is the command's now. In a pipeline others need it as well, so only if the command does."""
+        return (needed or os.isatty(1)) and self._move_terminal(os.getpgrp(), self.pid)
 
-    def _take_terminal(self) -> None:
+    def _move_terminal(self, giver: int, taker: int) -> bool:
         with contextlib.suppress(OSError):
-            if os.tcgetpgrp(self._terminal) == self.pid:
-                os.tcsetpgrp(self._terminal, os.getpgrp())
+            if os.tcgetpgrp(self._terminal) == giver:
+                os.tcsetpgrp(self._terminal, taker)
+            return os.tcgetpgrp(self._terminal) == taker
+        return False
 
     def suspended(self) -> bool:
         """Whether the terminal stopped it, and so us until the shell continued us, or at once where no shell could."""
         if not self.stopped or self._terminal < 0:
             return False
         if self.stopped not in (signal.SIGTTIN, signal.SIGTTOU) or not self.lend_terminal(needed=True):
-            self._take_terminal()
+            self._move_terminal(self.pid, os.getpgrp())
             handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
             os.kill(0, signal.SIGTSTP)  # our whole group, as Ctrl-Z would: a shell waits for all of a pipeline
             time.sleep(TICK_SECONDS)  # the stop comes within it
@@ -227,9 +217,7 @@ class Lock:
 
     def __init__(self, service: Service, key: str, ttl: float) -> None:
         self.key = key
-        self.id = str(
-            secrets.randbits(63) or 1
-        )  # the same with each try: one whose answer was lost is found by the next
+        self.id = str(secrets.randbits(63) or 1)  # the same with each try: one whose answer was lost is found by a next
         self.gone = False  # for certain: the service said so
         self._service = service
         self._ttl = str(ttl).removesuffix(".0") + "s"
@@ -237,31 +225,29 @@ class Lock:
         self._told = ""
 
     def acquire(self, seconds: float) -> bool:
-        """Waits so long for the lock; False where somebody else holds it. Raises Refused."""
+        """Waits so long for the lock; False where somebody else holds it."""
         give_up_at, patience, failures = now() + seconds, 0.0, 0
         while True:  # the first try does not wait, so that we can tell early whom we wait for
             sent_at = now()
             answer = self._ask(patience)
             if answer.status == 201 and self._granted(answer, sent_at):
                 return True
-            if answer.status in (202, 412):
-                failures = 0
+            if held := answer.status in (202, 412):
                 self._tell_holder()
             else:
-                failures += 1
                 self._tell(f"no lock yet, trying again: {answer.why}")
+            failures = 0 if held else failures + 1
             left = give_up_at - now()
-            if left <= 0 and failures == 0:
+            if left <= 0 and held:
                 return False
             if left <= 0 and failures > 1:  # after one it may be ours, and only the answer lost
-                raise Refused(f"gave up: {answer.why}")
+                give_up(f"no lock, giving up: {answer.why}")
             if failures or now() - sent_at < patience - 1:  # a service that is stopping lets nobody wait
-                pause = min(PAUSE_SECONDS * 2 ** min(failures, 9) / 2, LONGEST_PAUSE_SECONDS)
-                time.sleep(min(pause, max(left, PAUSE_SECONDS)))
+                time.sleep(min(2 ** min(failures, 9) / 2, 10, max(left, 1)))
             patience = max(0, min(WAIT_SECONDS, give_up_at - now()))
 
     def _ask(self, patience: float) -> Answer:
-        """One try. Raises Refused for an answer that no further try will change."""
+        """One try. Gives up at an answer that no further try will change."""
         body = json.dumps({"key": self.key, "value": f"{socket.gethostname()} {os.getpid()}"})  # GET tells the value
         headers = {"x-lease-ttl": self._ttl, "x-lease-id": self.id}
         if patience >= TICK_SECONDS:
@@ -272,7 +258,7 @@ class Lock:
         if answer.status == 409:  # somebody else's
             self.id = str(secrets.randbits(63) or 1)
         elif not self._unsure and answer.status not in (202, 412, 429):
-            raise Refused(answer.why)
+            give_up(answer.why)
         return answer
 
     def _granted(self, answer: Answer, sent_at: float) -> bool:
@@ -281,10 +267,10 @@ class Lock:
             self.id, self.token = str(int(answer.text)), str(int(answer.headers["x-fencing-token"]))
             self.ttl = float(answer.headers["x-lease-ttl"].removesuffix("s"))
         except (KeyError, ValueError):
-            raise Refused(f"not shared-lock, or the Go service before it: {answer.why}") from None
-        self.retry = min(self.ttl * RETRY_AFTER, 5)
-        self.timeout = min(self.ttl * TIMEOUT, 10)
-        self.grace = min(self.ttl * GRACE, 10)
+            give_up(f"not shared-lock, or the Go service before it: {answer.why}")
+        self.retry = min(self.ttl / 12, 5)  # after a keepalive that failed: 4 tries before SIGTERM
+        self.timeout = min(self.ttl / 6, 10)  # a try that hangs does not use up the time of the next
+        self.grace = min(self.ttl / 4, 10)  # between SIGTERM and SIGKILL
         self.gone = False
         self._succeeded(sent_at)
         if now() >= self.renew_at:  # it was waited for, and only a keepalive tells from when on its ttl runs
@@ -293,8 +279,8 @@ class Lock:
 
     def _succeeded(self, sent_at: float) -> None:
         """The ttl began when this request was sent, or later. Of two that overlap either may be the last: both hold."""
-        self.renew_at = sent_at + self.ttl * RENEW_AT
-        self.kill_at = sent_at + self.ttl * KILL_AT
+        self.renew_at = sent_at + self.ttl / 3  # leaves time for several tries, and is still only 3 requests per ttl
+        self.kill_at = sent_at + self.ttl * 0.9  # the rest is for a late scheduler, and clocks that do not tick alike
         self.term_at = self.kill_at - self.grace
 
     def renew(self) -> None:
@@ -320,11 +306,10 @@ class Lock:
     def withdraw(self) -> None:
         """Frees the lock where it may be ours without our knowledge. If that fails, too, it ends with its ttl."""
         if self._unsure:
-            self._service.request("DELETE", "/lease", self.id, COURTESY_SECONDS)
+            self._service.request("DELETE", "/lease", self.id)
 
     def _tell_holder(self) -> None:
-        path = "/lease?key=" + urllib.parse.quote(self.key, safe="", errors="replace")
-        answer = self._service.request("GET", path, "", COURTESY_SECONDS)
+        answer = self._service.request("GET", "/lease?key=" + urllib.parse.quote(self.key, "", errors="replace"))
         with contextlib.suppress(ValueError, TypeError, KeyError):  # it is free meanwhile, or cannot be asked for
             holder = json.loads(answer.text)
             self._tell(f"held by {holder['value']!r}, {holder['ttl']} s left", str(holder["fencing_token"]))
@@ -335,10 +320,6 @@ class Lock:
         if about != self._told:
             say(text)
         self._told = about
-
-
-class Refused(Exception):
-    """The service cannot be used: no further try would change its answer, or none is left."""
 
 
 class Answer(NamedTuple):
@@ -380,7 +361,9 @@ class Service:
             self._token = Path(self._token_file or os.devnull).read_bytes().split()[0].decode("latin-1")
         return self._token
 
-    def request(self, method: str, path: str, body: str, seconds: float, headers: Mapping[str, str] = {}) -> Answer:
+    def request(
+        self, method: str, path: str, body: str = "", seconds: float = 3, headers: Mapping[str, str] = {}
+    ) -> Answer:
         """One request, and its answer in any case, no later than so many seconds later."""
         end, token = now() + seconds, self._fresh_token()
         answer = self._try(method, path, body, seconds, headers)
@@ -413,9 +396,8 @@ class Service:
         except queue.Empty:
             return Answer(0, "", {}, f"{self._url}: no answer in time")
         finally:
-            if sock := connection.sock:  # so that the thread ends, and the service sees that nobody waits any more
-                with contextlib.suppress(OSError):
-                    socket.socket.shutdown(sock, socket.SHUT_RDWR)
+            with contextlib.suppress(OSError, TypeError):  # the thread ends, and the service sees that nobody waits
+                socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
 
 
 def duration(text: str) -> float:
@@ -428,12 +410,9 @@ def duration(text: str) -> float:
 
 def main(arguments: list[str]) -> int:
     """The command line; returns the exit status, -N for signal N."""
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [OPTION ...] --key KEY -- COMMAND [ARGUMENT ...]",
-        epilog="".join((__doc__ or "").partition("The command gets")[1:]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = argparse.ArgumentParser(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.usage = "%(prog)s [OPTION ...] --key KEY -- COMMAND [ARGUMENT ...]"
+    parser.epilog = "".join((__doc__ or "").partition("The command gets")[1:])
     add, environ = parser.add_argument, os.environ.get
     url, token_file = environ("SHARED_LOCK_URL") or "http://localhost:8080", environ("SHARED_LOCK_TOKEN_FILE") or None
     add("--url", default=url, help="of shared-lock [SHARED_LOCK_URL, else http://localhost:8080]")
@@ -441,7 +420,7 @@ def main(arguments: list[str]) -> int:
     add("--ttl", type=duration, default=15.0, help="how long the lock outlives a runner that crashes [15s]")
     add("-n", "--nonblock", dest="wait", action="store_const", const=0.0, help="do not wait for the lock")
     add("--wait", type=duration, default=float("inf"), help="how long to wait for the lock, such as 30s [for ever]")
-    add("-E", "--conflict-exit-code", metavar="N", type=int, default=HELD, help="instead of 73, see below; 0 to 255")
+    add("-E", "--conflict-exit-code", metavar="N", type=int, default=73, help="instead of 73, see below; 0 to 255")
     add("--keep", action="store_true", help="at the end leave the lock to its ttl instead of releasing it")
     add("--token-file", default=token_file, help="whose first word is a bearer token [SHARED_LOCK_TOKEN_FILE]")
     add("--ca-file", help="certificates to trust instead of the system's")
@@ -455,11 +434,7 @@ def main(arguments: list[str]) -> int:
         service = Service(options.url, options.token_file, options.ca_file)
     except (ValueError, OSError) as fault:
         parser.error(str(fault))
-    try:
-        return run(Lock(service, options.key, options.ttl), command_line, options)
-    except Refused as fault:
-        say(str(fault))
-        return UNAVAILABLE
+    return run(Lock(service, options.key, options.ttl), command_line, options)
 
 
 if __name__ == "__main__":
