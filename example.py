@@ -79,9 +79,9 @@ class Lock:
         self.url, self.key, self._ttl = options.url, options.key, str(options.ttl).removesuffix(".0") + "s"
         if "@" in self.url:
             raise ValueError("--url: no user and no password belong into it, see --token-file")
-        url = urllib.parse.urlsplit(self.url)
-        if url.scheme not in ("http", "https") or not url.hostname or not re.fullmatch("[!->A-~]+", self.url):
+        if not re.fullmatch(r"https?://([\w.-]+|\[[\da-fA-F:.]+\])(:\d{1,5})?(/[^?#\s]*)?", self.url, re.ASCII):
             raise ValueError(f"--url: not a URL such as http://localhost:8080: {self.url!r}")
+        url = urllib.parse.urlsplit(self.url)
         self._path = url.path.rstrip("/")  # leads the paths of all requests, for a proxy in front
         self._connect: Callable[..., HTTPConnection] = functools.partial(HTTPConnection, url.hostname, url.port)
         if url.scheme == "https":
@@ -369,8 +369,8 @@ def main(arguments: list[str]) -> int:
     add("--url", default=url, help="of shared-lock [SHARED_LOCK_URL, else http://localhost:8080]")
     add("--key", help="what to lock: runners with the same key run one at a time")
     add("--ttl", type=duration, default=15.0, help="how long the lock outlives a runner that crashes [15s]")
-    add("-n", "--nonblock", dest="wait", action="store_const", const=0.0, help="do not wait for the lock")
     add("--wait", type=duration, default=float("inf"), help="how long to wait for the lock, such as 30s [for ever]")
+    add("-n", "--nonblock", dest="wait", action="store_const", const=0.0, help="do not wait for the lock")
     add("-E", "--conflict-exit-code", metavar="N", type=int, default=73, help="instead of 73, see below; 0 to 255")
     add("--keep", action="store_true", help="at the end leave the lock to its ttl instead of releasing it")
     add("--token-file", default=os.environ.get("SHARED_LOCK_TOKEN_FILE"), help="bearer token [SHARED_LOCK_TOKEN_FILE]")
