@@ -91,7 +91,6 @@ class Lock:
         self._token_file, self._token = Path(options.token_file or os.devnull), ""
         self._token_file.read_bytes()  # to see early that it can be read
         self.id = str(secrets.randbits(63) or 1)  # for all tries: one whose answer was lost is found by the next
-        self.gone = False  # for certain: the service said so
         self._told = ""
 
     def acquire(self, seconds: float) -> bool:
@@ -137,7 +136,7 @@ class Lock:
         self.ttl = float(headers["x-lease-ttl"].removesuffix("s"))
         self.timeout = min(self.ttl / 6, 10)  # a try that hangs does not use up the time of the next
         self.grace = min(self.ttl / 4, 10)  # between SIGTERM and SIGKILL
-        self.gone = False
+        self.gone = False  # for certain: the service said so
         self._succeeded(sent_at)
         if now() >= self.renew_at:  # it was waited for, and only a keepalive tells from when on its ttl runs
             self.renew()
@@ -195,13 +194,15 @@ class Lock:
         In a thread: neither a slow name server nor an answer that trickles in for ever holds us longer than `seconds`.
         """
         connection = self._connect(timeout=seconds)  # its own: the next request may reach a healthier replica
-        answers: list[Answer] = []
+        answers, sockets = list[Answer](), list[socket.socket]()
 
         def converse() -> Answer:
             token = self._read_token()
             bearer = {"Authorization": f"Bearer {token}"} if token else {}
             try:
                 with contextlib.closing(connection):
+                    connection.connect()
+                    sockets.append(connection.sock)  # an answer without a length takes it out of the connection
                     connection.request(method, self._path + path, body or None, headers | bearer)
                     answer = connection.getresponse()
                     text = answer.read(1 << 16).decode("utf-8", "replace").strip()
@@ -219,10 +220,10 @@ class Lock:
         thread.start()
         try:
             thread.join(seconds)
+            return answers[0] if answers else (0, "no answer in time", {})
         finally:
-            with contextlib.suppress(OSError, TypeError):  # the thread ends, and the service sees that nobody waits
-                socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
-        return answers[0] if answers else (0, "no answer in time", {})
+            with contextlib.suppress(OSError, IndexError):  # the thread ends, and the service sees that nobody waits
+                socket.socket.shutdown(sockets[-1], socket.SHUT_RDWR)
 
 
 class Command:
@@ -354,7 +355,6 @@ def on_signals(numbers: Iterable[int], action: Callable[[int], object]) -> None:
 
 
 def duration(text: str) -> float:
-    """Seconds of "15s", "1m30s", "1500ms" or "15"."""
     units = {"h": 3600, "m": 60, "s": 1, "ms": 0.001, "": 1}
     if not re.fullmatch(r"(\d+(\.\d+)?(h|ms|m|s))+|\d+(\.\d+)?", text, re.ASCII):
         raise argparse.ArgumentTypeError(f"not a duration such as 15s or 1m30s: {text!r}")

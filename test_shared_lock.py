@@ -3357,15 +3357,15 @@ def test_every_shape_of_error_is_understood(status: int, text: str, kind: str, s
 
 
 class Runner:
-    """`python example.py … -- command` as a child process, as a shell starts one: whatever runs pytest ignores."""
+    """`python example.py … -- command` as a child process, under another command if one is given."""
 
-    def __init__(self, folder: Path, *arguments: str, **more: Any) -> None:
+    def __init__(self, folder: Path, *arguments: str, under: Sequence[str] = (), **more: Any) -> None:
         self.err_path = folder / f"runner-{next(_numbers)}.err"
         self.out_path = self.err_path.with_suffix(".out")
-        self.command = [PYTHON, str(HERE / "example.py"), *arguments]
+        command = [*under, PYTHON, str(HERE / "example.py"), *arguments]
+        more = {"env": clean_env(), "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **more}
         with open(self.out_path, "wb") as out, open(self.err_path, "wb") as err:
-            settings = {"env": clean_env(), "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **more}
-            self.process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, **settings)
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, **more)
 
     def out(self) -> str:
         return self.out_path.read_text()
@@ -3417,7 +3417,7 @@ def sh(line: str) -> tuple[str, str, str]:
 
 
 def is_free(daemon: Daemon, key: str) -> bool:
-    return daemon.request("GET", f"/lease?key={key}").status == 404
+    return daemon.request("GET", "/lease?key=" + urllib.parse.quote(key)).status == 404
 
 
 def lives(pid: int) -> bool:
@@ -3769,9 +3769,10 @@ def test_a_service_that_is_away_is_waited_for_and_that_is_told_once(start: Calla
 
 def test_pauses_between_failures_grow_to_10_s_and_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
     lock, pauses = wanted(), list[float]()
-    answers = iter([(500, "away", {})] * 7 + [(201, "1", {"x-lease-ttl": "60s", "x-fencing-token": "1"})])
+    granted: example.Answer = (201, "1", {"x-lease-ttl": "60s", "x-fencing-token": "1"})
+    answers = iter([*[(500, "away", {})] * 7, granted])
     monkeypatch.setattr(lock, "request", lambda *a, **h: next(answers))
-    monkeypatch.setattr(example.time, "sleep", pauses.append)
+    monkeypatch.setattr(time, "sleep", pauses.append)
 
     assert lock.acquire(math.inf)
     assert pauses == [1, 2, 4, 8, 10, 10, 10]
@@ -3811,9 +3812,9 @@ def test_what_cannot_get_better_ends_it_with_69_and_the_reason_in_one_line(run: 
         assert service.asked("POST /lease") == ["POST /lease"]
 
 
-def test_the_go_service_before_it_is_refused_since_it_gives_no_fencing_token() -> None:
+def test_the_go_service_before_it_is_refused_since_it_gives_no_fencing_token(monkeypatch: pytest.MonkeyPatch) -> None:
     lock = wanted()
-    lock.request = lambda *a, **h: (201, "4711", {})  # type: ignore[method-assign]
+    monkeypatch.setattr(lock, "request", lambda *a, **h: (201, "4711", {}))
 
     with pytest.raises(SystemExit) as ended:
         lock.acquire(0)
@@ -3920,7 +3921,7 @@ def test_every_signal_that_ends_a_process_is_handed_on_and_none_leaves_the_comma
         fatal = number in (signal.SIGKILL, signal.SIGILL, signal.SIGBUS, signal.SIGFPE, signal.SIGSEGV, signal.SIGSYS)
         assert runner.wait() == (-number if fatal else 128 + number)
         assert fatal or is_free(on_memory, f"{key}{number}")
-        eventually(lambda number=number: not lives(commands[number]))  # even if nobody was left to hand anything on
+        eventually(lambda command=commands[number]: not lives(command))  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("name", ["TERM", "INT", "HUP", "QUIT", "USR1", "USR2", "ALRM"])
@@ -3989,49 +3990,31 @@ def test_under_nohup_a_hangup_ends_neither_the_runner_nor_its_command(run: Run) 
 
 
 @pytest.mark.parametrize("closed", ["", "<&-", "<&- >&- 2>&-"])
-def test_in_an_empty_environment_and_with_closed_descriptors_it_works(
-    on_memory: Daemon, folder: Path, key: str, closed: str
-) -> None:
+def test_in_an_empty_environment_and_with_closed_descriptors_it_works(run: Run, folder: Path, closed: str) -> None:
     wrote = folder / f"wrote-{next(_numbers)}"
-    runner = [
-        PYTHON,
-        str(HERE / "example.py"),
-        "--url",
-        on_memory.url,
-        "--key",
-        key,
-        "--",
-        "sh",
-        "-c",
-        f"echo ran >{wrote}",
-    ]
+    runner = run(*sh(f"readlink /proc/$PPID/fd/2 >{wrote}"), env={}, under=["sh", "-c", f'exec "$@" {closed}', "sh"])
 
-    assert subprocess.run(["sh", "-c", f'exec "$@" {closed}', "sh", *runner], env={}, timeout=20).returncode == 0
-
-    assert wrote.read_text() == "ran\n"
-    assert is_free(on_memory, key)
+    assert runner.wait() == 0
+    assert wrote.read_text().strip() == ("/dev/null" if "2>" in closed else str(runner.err_path))  # and no socket
 
 
-def test_as_pid_1_it_waits_for_orphans_and_takes_no_zombie_for_living(
-    on_memory: Daemon, folder: Path, key: str
-) -> None:
-    line = "sleep 0.1 & (setsid sleep 0.1 &) ; exec sleep 0.5"  # which waits for neither
-    runner = [PYTHON, str(HERE / "example.py"), "--url", on_memory.url, "--key", key, "--", *sh(line)]
-
+def test_as_pid_1_it_waits_for_orphans_and_takes_no_zombie_for_living(run: Run) -> None:
+    line = "sleep 0.1 & (setsid sleep 0.1 &); exec sleep 0.5"  # which waits for neither
     started = time.monotonic()
-    done = subprocess.run(["unshare", "--pid", "--fork", "--mount-proc", *runner], env=clean_env(), timeout=30)
 
-    assert done.returncode == 0
-    assert time.monotonic() - started < 5  # SIGKILL would have come after 3.75 s, for a group that seems to live
+    assert run(*sh(line), under=["unshare", "--pid", "--fork", "--mount-proc"]).wait() == 0
+
+    assert time.monotonic() - started < 5  # SIGKILL would have come after 10 s, for a group that seems to live
 
 
 class Screen:
     """A terminal with an interactive shell in it."""
 
     def __init__(self, url: str, key: str) -> None:
+        self.key = re.sub("[^a-z0-9]+", "-", key)
         self.pid, self._fd = os.forkpty()
         if not self.pid:
-            runner = f"{shlex.quote(PYTHON)} {HERE}/example.py --url {url} --key {key} --ttl 3s --"
+            runner = f"{shlex.quote(PYTHON)} {HERE}/example.py --url {url} --key {self.key} --ttl 3s --"
             os.execvpe("sh", ["sh", "-i"], clean_env() | {"PS1": "ready> ", "RUN": runner, "ENV": "", "HISTFILE": ""})
         self._seen = ""
         self.wait("ready> ")
@@ -4055,15 +4038,17 @@ class Screen:
 
     def close(self) -> None:
         """As when its window is closed: the kernel sends SIGHUP to all of it."""
+        os.kill(self.pid, signal.SIGHUP)
         os.close(self._fd)
         os.waitpid(self.pid, 0)
 
 
 @pytest.fixture
 def screen(on_memory: Daemon, key: str) -> Iterator[Screen]:
-    found = Screen(on_memory.url, re.sub("[^a-z0-9]+", "-", key))
+    found = Screen(on_memory.url, key)
     yield found
-    found.close()
+    with contextlib.suppress(OSError, ChildProcessError):
+        found.close()
 
 
 @pytest.mark.parametrize("pipe", ["", "| cat", "2>&1 | tee /dev/null"])
@@ -4093,9 +4078,9 @@ def test_what_is_typed_to_end_the_command_ends_it(screen: Screen, key_: str, sta
 
 
 @pytest.mark.parametrize("held", ["", "held"])
-def test_ctrl_c_ends_the_loop_around_it_too(on_memory: Daemon, screen: Screen, key: str, held: str) -> None:
+def test_ctrl_c_ends_the_loop_around_it_too(on_memory: Daemon, screen: Screen, held: str) -> None:
     if held:
-        on_memory.acquire(re.sub("[^a-z0-9]+", "-", key), "60s", "alice")
+        on_memory.acquire(screen.key, "60s", "alice")
     screen.type("while :; do $RUN sh -c 'echo on; sleep 100'; done\n")
     screen.wait("alice" if held else "on\r\n")
 
@@ -4113,7 +4098,7 @@ def test_ctrl_z_gives_the_prompt_and_fg_the_command(screen: Screen, pipe: str) -
         screen.type("\x1a")
         screen.wait("[Ss]topped.*\n(.*\n)*.*ready> ")
         screen.type("fg\n")
-        screen.wait("example.py.*\n")
+        screen.wait("sh -c .*\n")
     time.sleep(0.5)
     screen.type("hello\n")
 
@@ -4122,7 +4107,7 @@ def test_ctrl_z_gives_the_prompt_and_fg_the_command(screen: Screen, pipe: str) -
 
 
 def test_a_command_whose_lease_ended_while_it_was_stopped_never_goes_on(
-    on_memory: Daemon, screen: Screen, folder: Path, key: str
+    on_memory: Daemon, screen: Screen, folder: Path
 ) -> None:
     beat = folder / "beat-stopped"
     screen.type(f"$RUN sh -c 'while :; do echo >{beat}; sleep 0.05; done'; echo status $?\n")
@@ -4130,7 +4115,7 @@ def test_a_command_whose_lease_ended_while_it_was_stopped_never_goes_on(
     screen.type("\x1a")
     screen.wait("ready> ")
     last = beat.stat().st_mtime
-    eventually(lambda: is_free(on_memory, re.sub("[^a-z0-9]+", "-", key)))
+    eventually(lambda: is_free(on_memory, screen.key))
 
     screen.type("fg; echo status $?\n")
 
@@ -4142,7 +4127,9 @@ def test_a_command_whose_lease_ended_while_it_was_stopped_never_goes_on(
 def test_in_the_background_it_waits_for_fg_to_read(screen: Screen) -> None:
     screen.type("$RUN sh -c 'read x; echo got $x' &\n")
     screen.wait("ready> ")
-    eventually(lambda: screen.type("jobs\n") or "topped" in screen.wait("example.py.*\n"))
+    time.sleep(1)
+    screen.type("jobs\n")
+    screen.wait("topped.*\n")
 
     screen.type("fg\n")
     time.sleep(0.5)
@@ -4151,14 +4138,14 @@ def test_in_the_background_it_waits_for_fg_to_read(screen: Screen) -> None:
     screen.wait("got hello\r\n")
 
 
-def test_a_terminal_that_is_closed_ends_the_command(on_memory: Daemon, screen: Screen, folder: Path, key: str) -> None:
+def test_a_terminal_that_is_closed_ends_the_command(on_memory: Daemon, screen: Screen, folder: Path) -> None:
     beat = folder / "beat-closed"
     screen.type(f"$RUN sh -c 'while :; do echo >{beat}; sleep 0.05; done'\n")
     eventually(beat.exists)
 
-    os.kill(screen.pid, signal.SIGHUP)
+    screen.close()
 
-    eventually(lambda: is_free(on_memory, re.sub("[^a-z0-9]+", "-", key)))
+    eventually(lambda: is_free(on_memory, screen.key))
     assert not beats(beat)
 
 
