@@ -103,14 +103,14 @@ class Lock:
                 return True
             held, left = status in (202, 412), give_up_at - now()
             failures = 0 if held else failures + 1
-            if status == -1 or (failures > 1 and left <= 0):  # after one it may be ours, and only the answer lost
+            if status == -1 or (failures > 1 and left < TICK_SECONDS):  # after one it may be ours, its answer lost
                 say(f"no lock, giving up: {self.url}: {text}")
                 sys.exit(69)  # EX_UNAVAILABLE
             if held:
                 self._tell_holder()
             else:
-                self._tell(f"no lock yet, trying again: {self.url}: {text}")
-            if held and left <= 0:
+                self._tell(f"no lock yet, trying again: {self.url}: {'it came late' if status == 201 else text}")
+            if held and left < TICK_SECONDS:
                 return False
             if failures or now() - sent_at < patience - 1:  # a service that is stopping lets nobody wait
                 time.sleep(min(2 ** min(failures, 9) / 2, 10, max(left, 1)))
@@ -127,7 +127,7 @@ class Lock:
             self.id = str(secrets.randbits(63) or 1)
         strange = (status == 201 and "x-fencing-token" not in headers) or (status == 202 and not text.isdigit())
         if strange or (status < 500 and status not in (0, 201, 202, 408, 409, 412, 429)):
-            return -1, f"not a shared-lock, or one that is too old: {text}" if status < 300 else text, {}
+            return -1, f"not a shared-lock, or one that is too old: {text}" if status // 100 == 2 else text, {}
         return status, text, headers
 
     def _granted(self, text: str, headers: Mapping[str, str], sent_at: float) -> bool:
@@ -209,7 +209,7 @@ class Lock:
             except (OSError, HTTPException, ValueError) as fault:
                 cut = isinstance(fault, (ConnectionError, IncompleteRead, ssl.SSLEOFError, ssl.SSLZeroReturnError))
                 final = isinstance(fault, (ssl.SSLError, HTTPException, ValueError)) and not cut
-                return -1 if final else 0, str(fault) or type(fault).__name__, {}
+                return -1 if final else 0, f"{type(fault).__name__}: {fault}", {}
             if answer.status == 401 and self._read_token() != token:  # it was renewed meanwhile
                 return converse()
             if answer.status not in (200, 201, 202):
@@ -366,7 +366,7 @@ def main(arguments: list[str]) -> int:
     parser.usage = "%(prog)s [OPTION ...] --key KEY -- COMMAND [ARGUMENT ...]"
     parser.epilog = "".join((__doc__ or "").partition("The command gets")[1:])
     add, url = parser.add_argument, os.environ.get("SHARED_LOCK_URL") or "http://localhost:8080"
-    add("--url", default=url, help="of shared-lock [SHARED_LOCK_URL, else http://localhost:8080]")
+    add("--url", default=url, help="of shared-lock; http_proxy is not read [SHARED_LOCK_URL, http://localhost:8080]")
     add("--key", help="what to lock: runners with the same key run one at a time")
     add("--ttl", type=duration, default=15.0, help="how long the lock outlives a runner that crashes [15s]")
     add("--wait", type=duration, default=float("inf"), help="how long to wait for the lock, such as 30s [for ever]")
