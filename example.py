@@ -120,8 +120,7 @@ class Lock:
         """One try. The status is -1, too, for an answer that no further try would change."""
         body = json.dumps({"key": self.key, "value": f"{socket.gethostname()} {os.getpid()}"})  # GET tells the value
         asked = {"x-lease-ttl": self._ttl, "x-lease-id": self.id}
-        if patience >= TICK_SECONDS:
-            asked["x-lease-wait"] = f"{patience:.1f}s"
+        asked |= {"x-lease-wait": f"{patience:.1f}s"} if patience >= TICK_SECONDS else {}
         status, text, headers = self.request("POST", "/lease", body, patience + ANSWER_SECONDS, **asked)
         if status == 409:  # somebody else's
             self.id = str(secrets.randbits(63) or 1)
@@ -190,7 +189,6 @@ class Lock:
 
     def request(self, method: str, path: str, body: str = "", seconds: float = 3, **headers: str) -> Answer:
         """The status is 0 where no answer came, -1 where none ever will; the body then says why.
-
         In a thread: neither a slow name server nor an answer that trickles in for ever holds us longer than `seconds`.
         """
         connection = self._connect(timeout=seconds)  # its own: the next request may reach a healthier replica
@@ -233,7 +231,7 @@ class Command:
         """Starts it, without the two signals ignored that Python ignores. Raises OSError."""
         os.environ.update(SHARED_LOCK_FENCING_TOKEN=lock.token, SHARED_LOCK_LEASE=lock.id, SHARED_LOCK_KEY=lock.key)
         self.status: int | None = None
-        self.stopped = 0  # by this signal
+        self.stopped = self._sent = 0  # the signal that stopped it, and the last that was sent to it
         end, self._executioner = os.pipe()
         with contextlib.suppress(OSError):  # no shell, no executioner
             reads = [(os.POSIX_SPAWN_DUP2, end, 0)]
@@ -258,6 +256,7 @@ class Command:
 
     def send(self, number: int) -> bool:
         """A signal to the whole group: a shell does not hand signals on. Says whether anyone is left in it."""
+        self._sent = number or self._sent
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, number)
             return True
@@ -288,12 +287,14 @@ class Command:
         """Whether the terminal stopped it, and so us until the shell continued us, or at once where no shell could."""
         if not self.stopped or self._terminal < 0:
             return False
-        if self.stopped not in (signal.SIGTTIN, signal.SIGTTOU) or not self.lend_terminal(needed=True):
-            self._move_terminal(self.pid, os.getpgrp())
-            handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
-            os.kill(0, signal.SIGTSTP)  # our whole group, as Ctrl-Z would: a shell waits for all of a pipeline
-            time.sleep(TICK_SECONDS)  # the stop comes within it
-            signal.signal(signal.SIGTSTP, handler)
+        needs = self.stopped in (signal.SIGTTIN, signal.SIGTTOU) and self._sent != signal.SIGTSTP
+        if needs and self.lend_terminal(needed=True):
+            return not self.send(signal.SIGCONT)
+        self._move_terminal(self.pid, os.getpgrp())
+        handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        os.kill(0, signal.SIGTSTP)  # our whole group, as Ctrl-Z would: a shell waits for all of a pipeline
+        time.sleep(TICK_SECONDS)  # the stop comes within it
+        signal.signal(signal.SIGTSTP, handler)
         return True
 
 
@@ -348,9 +349,8 @@ def run(lock: Lock, command_line: list[str], options: argparse.Namespace) -> int
 
 
 def on_signals(numbers: Iterable[int], action: Callable[[int], object]) -> None:
-    """Calls action(number) for each of these signals; what nohup made us ignore is left ignored."""
     for number in numbers:
-        if signal.getsignal(number) is not signal.SIG_IGN:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
             signal.signal(number, lambda number, frame: action(number))
 
 
