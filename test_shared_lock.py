@@ -3627,6 +3627,7 @@ def test_a_lock_that_was_waited_for_longer_than_its_ttl_is_as_good_as_any(
 
     assert runner.wait() == 0
     assert runner.out() == "started\n"
+    assert "trying again" not in runner.err()
     assert is_free(on_memory, key)
 
 
@@ -3773,7 +3774,15 @@ HELD_BY = [("alice", 9, 1), ("alice", 8, 1), ("b\x1b[31mob", 8, 2), ("b\x1b[31mo
 @pytest.mark.parametrize(
     "answer",
     [
-        *("301 elsewhere", "400 no", "401 who?", "403 no", "404 no such path: /lease", "413 too much", "200 <html>"),
+        *(
+            "301 elsewhere",
+            "400 \x1b[2Jno more",
+            "401 who?",
+            "403 no",
+            "404 no such path: /lease",
+            "413 too much",
+            "200 <html>",
+        ),
         *("204", "202 accepted", "SSH-2.0-OpenSSH_9.2\r\n", "HTTP/1.1 what\r\n\r\n"),
         "HTTP/1.1 201 Created\r\nContent-Length: 4\r\n\r\n4711",  # the Go service before it: no fencing token
     ],
@@ -3787,6 +3796,7 @@ def test_what_cannot_get_better_ends_it_with_69_and_the_reason_in_one_line(run: 
         assert runner.err().count("\n") == 1
         assert service.url in runner.err()
         assert answer.partition(" ")[2].strip()[-4:] in runner.err()
+        assert "\x1b" not in runner.err()
         assert service.asked("POST /lease") == ["POST /lease"]
 
 
@@ -3808,7 +3818,7 @@ def test_a_service_that_stops_and_lets_nobody_wait_does_not_end_the_wait(run: Ru
 @pytest.mark.parametrize("lost", [["lost"], ["500 outcome unknown", "lost"], ["502 from a proxy"]])
 def test_a_lost_answer_costs_one_more_request_with_the_same_id(run: Run, lost: list[str]) -> None:
     with stand_in(acquire=lost) as service:
-        runner = run(*sh("echo $SHARED_LOCK_LEASE"), on=service.url)
+        runner = run(*sh("echo $SHARED_LOCK_LEASE"), on=service.url, options=["-n"] if len(lost) == 1 else [])
 
         assert runner.wait() == 0
         assert set(service.ids()) == {runner.out().strip()}  # the one that was released, too
@@ -3914,6 +3924,22 @@ def test_a_command_that_ignores_sigterm_keeps_its_lock_until_it_ends(on_memory: 
     assert on_memory.acquire(key).status == 202
     assert runner.wait() == 0
     assert runner.out() == "started\ndone\n"
+
+
+def test_without_a_terminal_a_command_that_is_stopped_keeps_its_lock(
+    on_memory: Daemon, run: Run, folder: Path, key: str
+) -> None:
+    beat = folder / "beat-stopped-lock"
+    runner = run(*sh(STUBBORN), str(beat), ttl="2s", start_new_session=True)
+    eventually(beat.exists)
+
+    runner.process.send_signal(signal.SIGTSTP)
+    eventually(lambda: not beats(beat))
+    time.sleep(2.5)
+    assert not is_free(on_memory, key)
+    runner.process.send_signal(signal.SIGCONT)
+
+    eventually(lambda: beats(beat))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1])
@@ -4029,6 +4055,13 @@ def test_the_command_reads_from_the_terminal(screen: Screen, pipe: str) -> None:
     screen.wait("ready> ")
     screen.type("home\n")
     screen.wait("back home\r\n")
+
+
+def test_in_a_pipeline_the_others_may_read_from_the_terminal(screen: Screen) -> None:
+    screen.type("$RUN sh -c 'echo on >&2; sleep 1' | { read x </dev/tty; echo got $x; }\n")
+    screen.wait("on\r\n")
+    screen.type("hello\n")
+    screen.wait("got hello\r\n")
 
 
 @pytest.mark.parametrize(("key_", "status"), [("\x03", 130), ("\x1c", 131)])
