@@ -1,12 +1,16 @@
 # The daemon, its one package, and nothing else. Runs as it is with a read-only root file system:
 #   docker build -t shared-lock .
 #   docker run --read-only --cap-drop ALL -p 8080:8080 -e SHARED_LOCK_ETCD_ADDR_LIST=http://etcd:2379 shared-lock
-FROM python:3.14.7-slim-trixie
+#
+# Renewing the pins: the newest tag python:3.14.N-slim-trixie goes into FROM and base.name; what
+#   docker run --rm python:3.14-slim-trixie pip install --dry-run etcd3gw
+# "would install" goes into RUN, without setuptools.
+FROM python:3.14.10-slim-trixie
 
 # etcd3gw, and under it what it cannot be imported without. pbr's setuptools is for building packages and stays away,
 # hence --no-deps: what is not listed here is not installed.
 RUN pip install --no-cache-dir --no-compile --no-deps --root-user-action ignore \
-        certifi==2026.10.18 \
+        certifi==2026.10.19.post1 \
         charset-normalizer==3.5.2 \
         debtcollector==3.1.0 \
         etcd3gw==2.7.0 \
@@ -31,19 +35,21 @@ RUN SHARED_LOCK_STORAGE_TYPE=etcd python -c "import encodings.idna, gzip, tracem
 USER 10001:10001
 EXPOSE 8080
 
-# Liveness, as /health is: where the daemon listens, past any http_proxy. -IS leaves out what only packages need.
+# Liveness, as /health is: where the daemon listens, past any http_proxy. -IS leaves out what only packages need. With
+# TLS it trusts any certificate; where callers must show one, it has none, and a handshake is answer enough.
 HEALTHCHECK --interval=30s --timeout=5s --start-period=10s --retries=3 \
-    CMD ["python", "-ISc", "import http.client, os, sys; at = os.environ.get; connection = http.client.HTTPConnection(at('SHARED_LOCK_SERVER_HOST') or 'localhost', int(at('SHARED_LOCK_SERVER_PORT') or 8080), timeout=4); connection.request('GET', '/health'); sys.exit(connection.getresponse().status != 200)"]
+    CMD ["python", "-ISc", "import http.client, os, ssl, sys; at = lambda name: os.environ.get('SHARED_LOCK_SERVER_' + name); address = (at('HOST') or 'localhost', int(at('PORT') or 8080)); connection = http.client.HTTPSConnection(*address, timeout=4, context=ssl._create_unverified_context()) if at('CERT_PATH') else http.client.HTTPConnection(*address, timeout=4); connection.connect(); at('CLIENT_CA_PATH') and sys.exit(); connection.request('GET', '/health'); sys.exit(connection.getresponse().status != 200)"]
 
 # As PID 1, so that SIGTERM reaches it. -m and not the file's name: only modules are read from bytecode.
 ENTRYPOINT ["python", "-m", "shared_lock"]
 CMD ["serve"]
 
-# Last, since they change with every build: --build-arg VERSION=… --build-arg REVISION=$(git rev-parse HEAD)
+# Last, since they change with every build:
+#   --build-arg VERSION=$(python3 shared_lock.py --version | awk '{print $NF}') --build-arg REVISION=$(git rev-parse HEAD)
 ARG VERSION=0.0.0
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="shared-lock" \
       org.opencontainers.image.description="Lends distributed locks over HTTP and keeps them in etcd" \
-      org.opencontainers.image.base.name="docker.io/library/python:3.14.7-slim-trixie" \
+      org.opencontainers.image.base.name="docker.io/library/python:3.14.10-slim-trixie" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"

@@ -191,7 +191,7 @@ class Lock:
         """The status is 0 where no answer came, -1 where none ever will; the body then says why.
         In a thread: neither a slow name server nor an answer that trickles in for ever holds us longer than `seconds`.
         """
-        connection = self._connect(timeout=seconds)  # its own: the next request may reach a healthier replica
+        connection = self._connect(timeout=2 * seconds)  # its own: the next may reach a healthier replica
         answers, sockets = list[Answer](), list[socket.socket]()
 
         def converse() -> Answer:

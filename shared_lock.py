@@ -11,16 +11,20 @@ What nobody may rely on: that a holder whose lease ran out has stopped. It may b
 the protected resource can stop it, by refusing a fencing token smaller than one it has seen.
 
 One lock is one etcd lease and one key put with it, `/shared-lock/` + key. There is no other state, so any number of
-replicas may serve one etcd. The path of a request, which is also the order of this file:
+replicas may serve one etcd. The file in its order, which is also the way of a request:
 
-    front door    bytes become a Request, and a Response becomes bytes; HTTP stops here
-    LockService   what a lock means: acquire, renew, release, wait; the cache of held keys
-    storage       memory (the specification) or etcd (the same promises over a network that fails)
-    Combiner      while one call to etcd is in flight, later callers queue up to share the next
-    Gateway       etcd's JSON gateway; base64, int64-as-text and the members that fail stop here
+    log, words, configuration    what all others use; every environment variable is a field of Config
+    wire                         HTTP/1.1 messages over one socket
+    connections                  bytes become a Request, a Response becomes bytes; HTTP stops here
+    API                          what a Request asks for: a LockRequest, a lease ID, a key
+    service                      what a lock means: acquire, renew, release, wait
+    cache                        a storage in front of the storage: keys that are known to be held
+    memory, etcd                 the storages: the specification, and the same promises over a network that fails
+    combiner                     while one call to etcd is under way, later callers gather to share the next
+    gateway                      etcd's JSON gateway in our words; base64 and int64-as-text stop here
+    members                      which member of etcd to ask, over which connection
 
-Metrics, profiles and the life of the process follow. Every environment variable is a field of Config;
-`python shared_lock.py --help` prints them.
+Metrics, profiles and the life of the process follow.
 """
 
 from __future__ import annotations
@@ -31,20 +35,20 @@ import bisect
 import collections
 import contextlib
 import copy
-import datetime
-import email.utils
 import errno
 import functools
-import heapq
+import gc
+import hmac
 import http
 import http.server
 import itertools
 import json
 import math
 import os
-import platform
+import queue
 import random
 import re
+import resource
 import secrets
 import select
 import signal
@@ -59,71 +63,131 @@ import traceback
 import types
 import urllib.parse
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar, cast
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
+VERSION = "1.0.0"
 KEY_PREFIX = "/shared-lock/"  # before every key of ours in etcd
 DEFAULT_TTL_SECONDS = 10  # of a POST /lease without x-lease-ttl
 MAX_TTL_SECONDS = 9_000_000_000  # etcd's own limit
-MAX_WAIT_SECONDS = 60  # of x-lease-wait: proxies cut longer silences
-POLL_SECONDS = 0.4  # how late a waiter may learn of a release through another replica
-HUNG_UP_SECONDS = 2  # how late we may notice that a waiting caller has gone
+MAX_WAIT_SECONDS = 60  # of x-lease-wait
+MAX_LOCKS_LISTED = 1000  # by one GET /lease?prefix=
 MAX_BODY_BYTES = 64 << 10  # of a request
-MAX_HEAD_BYTES = 64 << 10  # of a request line, and of the headers together
+MAX_HEAD_BYTES = 64 << 10  # of a request line and its headers together
 MAX_HEADERS = 100
-MAX_ANSWER_BYTES = 16 << 20  # from etcd: most are below 1 MiB, but a lease of another tenant may have many keys
 INT64 = range(-(1 << 63), 1 << 63)
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
+# What our own process lacks, descriptors, memory or ports, and nobody else is to blame for.
+OWN_SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL}
 
-# == Words: errors, settings, small data =============================================================================
+# == Log: one event, one line ========================================================================================
+
+DEBUG, INFO, WARNING, ERROR = "debug", "info", "warning", "error"
+
+
+class Log:
+    """Writes whole lines to stderr, or none: a reader that is slow or gone never delays a lock."""
+
+    def __init__(self) -> None:
+        self.debug = False
+        self.dropped = 0  # lines, since the start
+        self._told = 0  # of them, those that a later line has told
+        self._mutex = threading.Lock()  # owns the numbers above, and the room that poll saw in the pipe
+        self._poll = select.poll()
+        self._poll.register(2, select.POLLOUT)
+
+    def write(self, line: str) -> None:
+        with self._mutex:
+            lost = f" lines_lost={self.dropped - self._told}" if self.dropped > self._told else ""
+            with contextlib.suppress(OSError):  # nobody will ever read it
+                if self._poll.poll(0):  # a pipe with room takes 4,096 bytes without blocking (PIPE_BUF)
+                    os.write(2, f"{line[:1000]}{lost}\n".encode())
+                    self._told = self.dropped
+                    return
+            self.dropped += 1
+
+
+log = Log()
+
+
+def event(level: str, name: str, **shown: object) -> None:
+    """One line: time=2026-11-23T03:21:00.000Z level=info event=granted key=nightly lease=4711 …
+
+    Not with the logging module, which takes 5 µs longer for a line.
+    """
+    if level != DEBUG or log.debug:
+        now = time.time()
+        stamp = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now))}.{int(now % 1 * 1000):03}Z"
+        words = "".join([f" {key}={_word(value)}" for key, value in shown.items()])
+        log.write(f"time={stamp} level={level} event={_word(name)}{words}")
+
+
+def _word(value: object) -> str:
+    """One plain word as it is, anything else quoted."""
+    text = str(value)
+    return text if isinstance(value, int) or re.fullmatch(r"[\w.:/@,+\[\]-]+", text) else quote(text)
+
+
+def quote(value: object) -> str:
+    """The value as a message shows it: in double quotes, cut at 120 characters, and on one line for every reader."""
+    text = str(value)
+    quoted = json.dumps(text if len(text) <= 120 else text[:119] + "…", ensure_ascii=False)
+    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in quoted)
+
+
+# == Words: errors and small data ====================================================================================
 #
-# Errors are split by who must act: the caller (BadRequest), nobody yet (StorageError: nothing happened), or the
-# caller with care (OutcomeUnknown). That a key is held, or a lease gone, is an answer, not an error.
+# Errors are split by who must act: the caller (BadRequest), the operator at the start (ConfigError), nobody yet
+# (StorageError: nothing happened), or the caller with care (OutcomeUnknown). That a key is held, or a lease gone, is
+# an answer and no error.
 
 
 class BadRequest(Exception):
-    """The request is wrong, and the text says what about it. `status` is a 4xx, or 500 where the contract says so."""
+    """The request has no better answer than this error: a 4xx, or a 5xx where the contract says so."""
 
-    def __init__(self, text: str, status: int = 400) -> None:
+    def __init__(self, text: str, status: int = 400, *headers: tuple[str, str]) -> None:
         super().__init__(text)
         self.status = status
-
-
-class StorageError(Exception):
-    """The storage failed, and nothing was changed."""
-
-
-class Refused(StorageError):
-    """etcd understood and said no; any member would say the same. `code` is the gRPC status code."""
-
-    def __init__(self, text: str, code: int = 0) -> None:
-        super().__init__(text)
-        self.code = code
-
-
-class Unavailable(StorageError):
-    """There was no answer, and nothing was changed: worth a try on another member."""
-
-
-class OutcomeUnknown(StorageError):
-    """The request may have been applied, or may yet be: only safe to repeat in a form that cannot apply twice."""
-
-
-class Stale(OutcomeUnknown):
-    """A kept connection turned out to be closed, which says nothing about the member at its other end."""
+        self.headers = headers
 
 
 class ConfigError(Exception):
     """An environment variable cannot be used; the text is one line that names it."""
 
 
-class Holder(NamedTuple):
-    """Who holds a key: its lease (0: none), its fencing token, and its value where asked for."""
+class StorageError(Exception):
+    """The storage failed, and nothing was changed. `sick`: the member that was asked is to be left for another."""
 
-    lease: int
-    token: int
-    value: bytes = b""
+    def __init__(self, text: str, sick: bool = True) -> None:
+        super().__init__(text)
+        self.sick = sick
+
+
+class Refused(StorageError):
+    """etcd understood and said no; any member would say the same. `code` is the gRPC status code."""
+
+    def __init__(self, text: str, code: int = 0) -> None:
+        super().__init__(text, sick=False)
+        self.code = code
+
+
+class OutcomeUnknown(StorageError):
+    """The request may have been applied, or may yet be: only safe to repeat in a form that cannot apply twice."""
+
+
+class LockRequest(NamedTuple):
+    """What a POST /lease asks for; ttl and wait are in seconds."""
+
+    key: str
+    value: str = ""
+    ttl: int = DEFAULT_TTL_SECONDS
+    wait: float = 0
+    lease: int = 0  # the ID that the caller chose, or 0
+    client: str = ""  # its address, for the log
+    hung_up: Callable[[], bool] = lambda: False  # tells whether the caller has gone meanwhile
 
 
 class Grant(NamedTuple):
@@ -134,24 +198,45 @@ class Grant(NamedTuple):
     token: int
 
 
-class LeaseInfo(NamedTuple):
-    """A live lease: seconds left, seconds granted, and, from etcd, the keys attached to it."""
+class Holder(NamedTuple):
+    """Who holds a key: its lease (0: none) and fencing token; the others where they were asked for, ttls in seconds."""
 
-    left: int
-    granted: int
-    keys: tuple[bytes, ...] = ()
+    lease: int
+    token: int
+    value: str = ""
+    ttl: int | None = None  # what is left of it
+    granted_ttl: int | None = None
 
 
-def quote(value: object) -> str:
-    """The value as error messages show it: on one line, in double quotes, cut at 120 characters."""
-    text = str(value)
-    return json.dumps(text if len(text) <= 120 else text[:119] + "…", ensure_ascii=False)
+class Address(NamedTuple):
+    """Where somebody listens; `tls` is None where an endpoint names no scheme."""
+
+    host: str
+    port: int
+    tls: bool | None = None
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 def deadline_after(timeout: float) -> float:
     """When a timeout that begins now ends (time.monotonic); 0 is none."""
     return time.monotonic() + timeout if timeout else math.inf
 
+
+def reason(fault: BaseException) -> str:
+    """One line about why a file, a name or a connection failed."""
+    if isinstance(fault, ssl.SSLCertVerificationError):
+        return f"TLS: its certificate is not accepted: {fault.verify_message}"
+    if isinstance(fault, ssl.SSLEOFError) or getattr(fault, "reason", None) == "WRONG_VERSION_NUMBER":
+        return "TLS: it does not answer in TLS; is it http?"
+    if isinstance(fault, ssl.SSLError):
+        return f"TLS: {(fault.reason or str(fault)).lower().replace('_', ' ')}"
+    strerror = getattr(fault, "strerror", None)
+    return strerror.lower() if strerror else str(fault) or type(fault).__name__
+
+
+# == Configuration ===================================================================================================
 
 _NUMBER = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
 _DURATION = re.compile(rf"([+-]?)((?:{_NUMBER}(?:ns|us|µs|μs|ms|s|m|h))+|{_NUMBER})")
@@ -169,62 +254,37 @@ def parse_duration(text: str) -> Fraction:
     return sum(parts, Fraction()) * (-1 if match[1] == "-" else 1)
 
 
-def parse_ttl(text: str) -> int:
-    """The ttl that a lock is asked for, rounded up to whole seconds. Raises ValueError."""
-    seconds = math.ceil(parse_duration(text))
-    if not 0 < seconds <= MAX_TTL_SECONDS:
-        raise ValueError(f"not more than 0s and at most {MAX_TTL_SECONDS}s: {quote(text)}")
-    return seconds
+def between(low: float, high: float, parse: Callable[[str], Any], unit: str = "") -> Callable[[str], Any]:
+    """The parser with a range, both ends included."""
+
+    def parse_in_range(text: str) -> Any:
+        value = parse(text)
+        if not low <= value <= high:
+            raise ValueError(f"not from {low}{unit} to {high}{unit}: {quote(text)}")
+        return value
+
+    return parse_in_range
 
 
-def seconds_up_to(limit: int, zero: bool = True) -> Callable[[str], float]:
-    """A parser of durations, in seconds; `zero` says whether 0 is one of them."""
-
-    def parse(text: str) -> float:
-        seconds = parse_duration(text)
-        if not 0 <= seconds <= limit or not (seconds or zero):
-            raise ValueError(f"not {'between' if zero else 'more than'} 0s and at most {limit}s: {quote(text)}")
-        return float(seconds)
-
-    return parse
+def duration(low: float, high: float, rounded: Callable[[Fraction], float] = float) -> Callable[[str], Any]:
+    """A parser of durations, in seconds."""
+    return between(low, high, lambda text: rounded(parse_duration(text)), "s")
 
 
-def whole(low: int, high: int) -> Callable[[str], int]:
-    """A parser of whole numbers from `low` to `high`."""
+def matching(pattern: str, expected: str, convert: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A parser of texts that match the whole pattern."""
 
-    def parse(text: str) -> int:
-        if not re.fullmatch("[0-9]{1,9}", text) or not low <= int(text) <= high:
-            raise ValueError(f"not a number from {low} to {high}: {quote(text)}")
-        return int(text)
+    def parse(text: str) -> Any:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(f"not {expected}: {quote(text)}")
+        return convert(text)
 
     return parse
 
 
-def boolean(text: str) -> bool:
-    """As Go's strconv.ParseBool. Raises ValueError."""
-    true = text in ("1", "t", "T", "TRUE", "true", "True")
-    if not true and text not in ("0", "f", "F", "FALSE", "false", "False"):
-        raise ValueError(f"not a boolean, true or false: {quote(text)}")
-    return true
-
-
-def storage_type(text: str) -> str:
-    if text not in ("etcd", "mock"):
-        raise ValueError(f"not etcd or mock: {quote(text)}")
-    return text
-
-
-class Address(NamedTuple):
-    """Where a member of etcd listens; `tls` is None where the endpoint names no scheme."""
-
-    host: str
-    port: int
-    tls: bool | None = None
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-
+whole = matching("-?[0-9]{1,19}", "a whole number", int)
+# As Go's strconv.ParseBool.
+boolean = matching("[1tT]|TRUE|[tT]rue|[0fF]|FALSE|[fF]alse", "a boolean, true or false", lambda text: text[0] in "1tT")
 _ENDPOINT = re.compile(r"(?:(https?)://)?(?:\[([0-9A-Fa-f:.%]+)\]|([^\s:/?#@\[\]]+)):([0-9]{1,5})/?")
 
 
@@ -235,7 +295,7 @@ def endpoints(text: str) -> tuple[Address, ...]:
         match = _ENDPOINT.fullmatch(part.strip())
         if not match or not 0 < int(match[4]) < 65536:
             raise ValueError(f"not an endpoint, as in http://host:2379: {quote(part)}")
-        addresses.append(Address(match[2] or match[3], int(match[4]), (match[1] == "https") if match[1] else None))
+        addresses.append(Address(match[2] or match[3], int(match[4]), match[1] == "https" if match[1] else None))
     return tuple(addresses)
 
 
@@ -249,33 +309,37 @@ def setting(default: str, parse: Callable[[str], Any], meaning: str) -> Any:
     return field(default=parse(default), metadata={"default": default, "parse": parse, "meaning": meaning})
 
 
-_timeout = seconds_up_to(MAX_TTL_SECONDS)
+_timeout, _budget = duration(0, MAX_TTL_SECONDS), duration(0.001, MAX_TTL_SECONDS)
+_storage = matching("etcd|mock", "etcd or mock", str)
 
 
 @dataclass(frozen=True)
 class Config:
     """All settings, each read from the variable SHARED_LOCK_ + its name in capitals. Durations are in seconds."""
 
-    server_port: int = setting("8080", whole(0, 65535), "port to listen on; 0 is a free one, which the log tells")
+    server_port: int = setting("8080", between(0, 65535, whole), "port to listen on; 0 is a free one, see the log")
     server_host: str = setting("", str, "address to listen on; empty is every address, IPv4 and IPv6")
     server_read_timeout: float = setting("10s", _timeout, "from a request's first byte to its last; 0 is none")
     server_write_timeout: float = setting("10s", _timeout, "to write an answer; 0 is none")
     server_idle_timeout: float = setting("120s", _timeout, "an idle connection is closed after it; 0 is none")
-    server_shutdown_timeout: float = setting("10s", _timeout, "for requests in flight after SIGTERM or SIGINT")
-    pprof_enabled: bool = setting("false", boolean, "serve /debug/pprof/")
-    storage_type: str = setting("etcd", storage_type, "etcd, or mock: in memory, lost with the process")
-    etcd_addr_list: tuple[Address, ...] = setting(
-        "http://localhost:2379", endpoints, "endpoints, separated by commas: http://h:p, https://h:p or h:p"
-    )
+    server_shutdown_timeout: float = setting("10s", _timeout, "for requests in flight after SIGTERM; 0 is none")
+    server_token_path: str = setting("", str, "bearer tokens, one a line, of which callers must show one")
+    server_cert_path: str = setting("", str, "TLS on the own port, with this certificate")
+    server_key_path: str = setting("", str, "the key of that certificate")
+    server_client_ca_path: str = setting("", str, "callers must show a certificate that this CA signed")
+    max_ttl: int = setting("9000000000s", duration(1, MAX_TTL_SECONDS, math.ceil), "the longest ttl to grant")
+    storage_type: str = setting("etcd", _storage, "etcd, or mock: in memory, lost with the process")
+    etcd_addr_list: tuple[Address, ...] = setting("http://localhost:2379", endpoints, "endpoints, comma-separated")
+    etcd_timeout: float = setting("5s", _budget, "one storage operation, all tries together")
+    etcd_username: str = setting("", str, "for an etcd with auth enabled")
+    etcd_password: str = setting("", str, "the password of that user")
     etcd_tls: bool = setting("false", boolean, "TLS to etcd with the three files below")
     ca_cert_path: str = setting("/etc/etcd/ca.crt", str, "who signed etcd's certificate")
     client_cert_path: str = setting("/etc/etcd/client.crt", str, "what this daemon shows to etcd")
     client_key_path: str = setting("/etc/etcd/client.key", str, "the key of that certificate")
-    etcd_timeout: float = setting(
-        "5s", seconds_up_to(MAX_TTL_SECONDS, zero=False), "one storage operation, all tries together"
-    )
     cache_enabled: bool = setting("false", boolean, "answer 202 from memory while a key is known to be held")
-    cache_size: int = setting("1000", whole(1, 10**9 - 1), "keys to remember; the least recently used leave")
+    cache_size: int = setting("1000", between(1, 10**9, whole), "keys to remember; the least recently used leave")
+    pprof_enabled: bool = setting("false", boolean, "serve /debug/pprof/")
     debug: bool = setting("false", boolean, "log every request")
 
     @classmethod
@@ -289,60 +353,112 @@ class Config:
                 except ValueError as fault:
                     raise ConfigError(f"{variable(one.name)}: {fault}") from fault
         config = cls(**given)
-        if config.storage_type == "etcd" and config.etcd_tls:
-            config._check_tls()
+        for name, other in _TOGETHER.items():
+            if getattr(config, name) and not getattr(config, other):
+                raise ConfigError(f"{variable(other)}: empty, but {variable(name)} needs it")
+        plain = [f"http://{address}" for address in config.etcd_addr_list if address.tls is False]
+        if config.etcd_tls and plain:
+            wanted = f"not https://, or without a scheme, as {variable('etcd_tls')}=true wants it"
+            raise ConfigError(f"{variable('etcd_addr_list')}: {wanted}: {quote(plain[0])}")
         return config
 
-    def _check_tls(self) -> None:
-        for name in ("ca_cert_path", "client_cert_path", "client_key_path"):
-            try:
-                open(getattr(self, name), "rb").close()
-            except OSError as fault:
-                shown = f"{quote(getattr(self, name))}: {fault.strerror}"
-                raise ConfigError(f"{variable(name)}: not a file that can be read: {shown}") from fault
-        try:
-            ssl.create_default_context(cafile=self.ca_cert_path)
-        except OSError as fault:  # ssl.SSLError is one
-            shown = quote(self.ca_cert_path)
-            raise ConfigError(f"{variable('ca_cert_path')}: not a certificate in PEM: {shown}") from fault
-        try:
-            self.tls_context()
-        except OSError as fault:
-            raise ConfigError(
-                f"{variable('client_cert_path')}: not a certificate in PEM for {variable('client_key_path')}="
-                f"{quote(self.client_key_path)}, an open key in PEM: {quote(self.client_cert_path)}"
-            ) from fault
-        for address in self.etcd_addr_list:
-            if address.tls is False:
-                raise ConfigError(
-                    f"{variable('etcd_addr_list')}: not https://, or without a scheme,"
-                    f" as {variable('etcd_tls')}=true wants it: {quote(f'http://{address}')}"
-                )
 
-    def tls_context(self) -> ssl.SSLContext:
-        """How to talk TLS to etcd: with our three files, or, for an https endpoint without ETCD_TLS, as curl would."""
-        if not self.etcd_tls:
-            return ssl.create_default_context()
-        context = ssl.create_default_context(cafile=self.ca_cert_path)
-        # The password keeps OpenSSL from asking for one on the terminal.
-        context.load_cert_chain(self.client_cert_path, self.client_key_path, password="")
+_TOGETHER = {"server_cert_path": "server_key_path", "server_key_path": "server_cert_path"}
+_TOGETHER |= {"etcd_username": "etcd_password", "etcd_password": "etcd_username"}
+_TOGETHER |= {"server_client_ca_path": "server_cert_path"}
+# What Kubernetes adds for a Service named shared-lock…: …_SERVICE_HOST, …_SERVICE_PORT_HTTP, …_PORT_8080_TCP_ADDR.
+_SERVICE_LINK = re.compile(
+    r"[^=]+_(SERVICE_(HOST|PORT(_\w+)?)|PORT_[0-9]+_(TCP|UDP|SCTP)(_\w+)?)=.*|[^=]+_PORT=(tcp|udp|sctp)://.*", re.DOTALL
+)
+
+
+def unknown_variables(env: Mapping[str, str]) -> list[str]:
+    """Names that look like ours and are not: most likely a typo, which would silently leave a default in force."""
+    ours = {name for name in env if name.startswith(variable(""))} - {variable(one.name) for one in fields(Config)}
+    return sorted(name for name in ours if not _SERVICE_LINK.fullmatch(f"{name}={env[name]}"))
+
+
+@contextlib.contextmanager
+def _usable(config: Config, name: str, expected: str) -> Iterator[str]:
+    """Gives the path in this setting, and turns what goes wrong with that file into a ConfigError."""
+    path: str = getattr(config, name)
+    try:
+        yield path
+    except (OSError, ValueError) as fault:
+        raise ConfigError(f"{variable(name)}: not {expected}: {quote(path)}: {reason(fault)}") from fault
+
+
+class Renewed(Generic[Item]):
+    """What `read` makes of these files, and makes again when one of them has changed. What cannot be used then leaves
+    the old in force."""
+
+    def __init__(self, read: Callable[[], Item], *paths: str) -> None:
+        """Raises the ConfigError of `read`."""
+        self._read = read
+        self._paths = paths
+        self._mutex = threading.Lock()  # owns the two below
+        self._seen = self._look()  # before the read: a change in between is seen the next time
+        self._current = read()
+
+    def get(self) -> Item:
+        with self._mutex:
+            if (seen := self._look()) != self._seen:
+                self._seen = seen
+                try:
+                    self._current = self._read()
+                    event(INFO, "files renewed", paths=",".join(self._paths))
+                except ConfigError as fault:
+                    event(WARNING, "files not renewed, the old stay in force", reason=fault)
+            return self._current
+
+    def _look(self) -> list[tuple[int, int]] | None:
+        with contextlib.suppress(OSError):
+            return [(status.st_mtime_ns, status.st_ino) for status in map(os.stat, self._paths)]
+        return None  # one is missing
+
+
+def bearer_tokens(config: Config) -> Renewed[list[bytes]]:
+    """The tokens of which callers must show one. Raises ConfigError."""
+
+    def read() -> list[bytes]:
+        with _usable(config, "server_token_path", "a file with a token a line") as path, open(path, "rb") as file:
+            if tokens := [line.strip() for line in file if line.strip()]:
+                return tokens
+            raise ValueError("it is empty")
+
+    return Renewed(read, config.server_token_path)
+
+
+def tls_context(
+    config: Config, purpose: ssl.Purpose, ca: str = "", cert: str = "", key: str = ""
+) -> Renewed[ssl.SSLContext]:
+    """TLS with the files in these settings; without any, as curl would. Raises ConfigError."""
+    ca = ca if ca and getattr(config, ca) else ""
+
+    def read() -> ssl.SSLContext:
+        with _usable(config, ca, "a certificate in PEM") if ca else contextlib.nullcontext("") as path:
+            context = ssl.create_default_context(purpose, cafile=path or None)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.verify_flags &= ~ssl.VERIFY_X509_STRICT  # since CPython 3.13; Go and curl accept more, and so do we
+        if ca:
+            context.verify_mode = ssl.CERT_REQUIRED
+        if cert:
+            with _usable(config, key, "a file that can be read") as key_path:
+                open(key_path, "rb").close()
+            its_key = f"{variable(key)}={quote(key_path)}"
+            with _usable(config, cert, f"a certificate in PEM for the open key {its_key}") as path:
+                # The password keeps OpenSSL from asking for one on the terminal.
+                context.load_cert_chain(path, key_path, password="")
         return context
+
+    return Renewed(read, *(getattr(config, name) for name in (ca, cert, key) if name))
 
 
 # == Wire: HTTP/1.1 messages over one socket =========================================================================
 #
-# The front door reads requests with it, and the gateway etcd's answers. http.server and http.client parse headers with
-# the e-mail package, which takes longer than all the rest of a request: at 64 connections and on one CPU, /health is
+# Connections read requests with it, and members etcd's answers. http.server and http.client parse headers with the
+# e-mail package, which takes longer than all the rest of a request: at 64 connections and on one CPU, /health is
 # answered 47,900 times a second, by http.server (buffered, no Nagle) 14,800 times. Being strict is easier here, too.
-
-
-class Malformed(Exception):
-    """Not the HTTP that is spoken here; `status` is the answer where there is a caller to tell."""
-
-    def __init__(self, status: int, text: str) -> None:
-        super().__init__(text)
-        self.status = status
-
 
 _TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110, 5.6.2
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
@@ -350,122 +466,104 @@ _RECEIVE_BYTES = 16 << 10  # one recv; nearly every message is smaller
 
 
 def parse_headers(lines: Iterable[str]) -> dict[str, str]:
-    """RFC 9112, 5: strict, since what two parties read differently can be used to smuggle a request past one."""
+    """Values by name in lower case; headers of one name are joined with ", ". Raises BadRequest.
+
+    RFC 9112, 5: strict, since what two parties read differently can be used to smuggle a request past one.
+    """
     headers: dict[str, str] = {}
     for line in lines:
         name, colon, value = line.partition(":")
         if not colon or not _TOKEN.fullmatch(name) or _CONTROL.search(value):
-            raise Malformed(400, f"not a header: {quote(line)}")
+            raise BadRequest(f"not a header: {quote(line)}")
         name, value = name.lower(), value.strip(" \t")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     return headers
 
 
+def body_length(headers: Mapping[str, str], limit: int) -> int | None:
+    """The bytes of the body that these headers announce; None: it comes in chunks. Raises BadRequest."""
+    length, coding = headers.get("content-length"), headers.get("transfer-encoding")
+    if length is None:
+        if coding is not None and coding.lower() != "chunked":
+            raise BadRequest(f"transfer-encoding: not chunked: {quote(coding)}")
+        return 0 if coding is None else None
+    if coding is not None:
+        raise BadRequest("content-length together with transfer-encoding")
+    if not (length.isascii() and length.isdigit()):
+        raise BadRequest(f"content-length: not a number: {quote(length)}")
+    if len(length.lstrip("0")) > 18 or int(length) > limit:
+        raise BadRequest(f"the body is larger than {limit} bytes", 413)
+    return int(length)
+
+
 @functools.lru_cache(maxsize=256)
-def _chunk_size(line: bytes) -> int:
+def parse_chunk_size(line: bytes) -> int:
     digits = line.partition(b";")[0].rstrip(b" \t")
     if not re.fullmatch(rb"[0-9A-Fa-f]{1,8}", digits) or b"\n" in line or b"\r" in line:
-        raise Malformed(400, f"not the size of a chunk: {quote(line.decode('latin-1'))}")
+        raise BadRequest(f"not the size of a chunk: {quote(line.decode('latin-1'))}")
     return int(digits, 16)
 
 
 class Wire:
-    """A socket, and the bytes received from it but not used yet (`rest`). It belongs to one thread at a time.
+    """A socket, and the bytes received from it but not used yet. It belongs to one thread at a time.
 
     Deadlines are on the clock of time.monotonic; math.inf is none. Reading raises EOFError where the other side has
-    ended the stream, TimeoutError, Malformed, or ConnectionError.
+    ended the stream, TimeoutError, BadRequest, or ConnectionError.
     """
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
-        self.rest = b""
-        self._in_force = {socket.SO_RCVTIMEO: math.inf, socket.SO_SNDTIMEO: math.inf}
+        self.buffer = bytearray()
+        self._timeouts = {socket.SO_RCVTIMEO: math.inf, socket.SO_SNDTIMEO: math.inf}  # seconds, as they are set
 
     def head(self, deadline: float) -> bytes:
         """A message's first line and headers, without the blank line after them."""
-        start = 0
-        while (end := self.rest.find(b"\r\n\r\n", start)) < 0:
-            if len(self.rest) > 2 * MAX_HEAD_BYTES + 6:  # and three line ends
-                break
-            if b"\n\n" in self.rest or b"\n\r\n" in self.rest:
-                raise Malformed(400, "a line ends in a line feed without a carriage return")
-            start = max(0, len(self.rest) - 3)
-            self.receive(deadline)
-        head = self.rest[:end] if end >= 0 else self.rest
-        line_end = head.find(b"\r\n")
-        if (line_end if line_end >= 0 else len(head)) > MAX_HEAD_BYTES:
-            raise Malformed(414, f"the request line is longer than {MAX_HEAD_BYTES} bytes")
-        if end < 0 or len(head) - line_end > MAX_HEAD_BYTES + 2:
-            raise Malformed(431, f"the headers are longer than {MAX_HEAD_BYTES} bytes")
-        self.rest = self.rest[end + 4 :]
-        return head
+        return self._until(b"\r\n\r\n", MAX_HEAD_BYTES, "the head", 431, deadline)
 
-    def body(
-        self, headers: Mapping[str, str], limit: int, deadline: float, invite: Callable[[], None] | None = None
-    ) -> bytes:
-        """The body that these headers announce: without Content-Length and Transfer-Encoding, none.
-
-        `invite` asks for a body that is held back; it is called unless the body has begun to come or is refused.
-        """
-        length, coding = headers.get("content-length"), headers.get("transfer-encoding")
+    def body(self, length: int | None, limit: int, deadline: float) -> bytes:
+        """A body of this length; None: in chunks, up to `limit` bytes together."""
         if length is not None:
-            if coding is not None:
-                raise Malformed(400, "content-length together with transfer-encoding")
-            if not (length.isascii() and length.isdigit()):
-                raise Malformed(400, f"content-length: not a number: {quote(length)}")
-            if len(length.lstrip("0")) > 18 or int(length) > limit:
-                raise Malformed(413, f"the body is larger than {limit} bytes")
-        elif coding is None:
-            return b""
-        elif coding.lower() != "chunked":
-            raise Malformed(400, f"transfer-encoding: not chunked: {quote(coding)}")
-        if invite and not self.rest:
-            invite()
-        if length is None:
-            return self._chunked(limit, deadline)
-        end = int(length)
-        while len(self.rest) < end:
-            self.receive(deadline)
-        body, self.rest = self.rest[:end], self.rest[end:]
-        return body
-
-    def _chunked(self, limit: int, deadline: float) -> bytes:
-        """A body in chunks. `rest` is read by index and seldom cut, since one answer of etcd may have 64 of them."""
+            return self._exactly(length, deadline)
         parts: list[bytes] = []
-        total = at = 0
-        while True:
-            if at > _RECEIVE_BYTES:
-                self.rest, at = self.rest[at:], 0
-            line, at = self._line(at, deadline)
-            if not (size := _chunk_size(line)):
-                break
-            total += size
-            if total > limit:
-                raise Malformed(413, f"the body is larger than {limit} bytes")
-            while len(self.rest) < at + size + 2:
-                self.receive(deadline)
-            parts.append(self.rest[at : at + size])
-            at += size + 2
-            if self.rest[at - 2 : at] != b"\r\n":
-                raise Malformed(400, "a chunk is longer than it said")
+        while size := parse_chunk_size(self._line(deadline)):
+            limit -= size
+            if limit < 0:
+                raise BadRequest("the body in chunks is too large", 413)
+            parts.append(self._exactly(size, deadline))
+            if self._exactly(2, deadline) != b"\r\n":
+                raise BadRequest("a chunk is longer than it said")
         for _ in range(MAX_HEADERS + 1):
-            line, at = self._line(at, deadline)
-            if not line:
-                self.rest = self.rest[at:]
+            if not (line := self._line(deadline)):
                 return b"".join(parts)
             parse_headers([line.decode("latin-1")])
-        raise Malformed(431, f"more than {MAX_HEADERS} trailers")
+        raise BadRequest(f"more than {MAX_HEADERS} trailers", 431)
 
-    def _line(self, at: int, deadline: float) -> tuple[bytes, int]:
-        """The line that begins at this index of `rest`, and the index after it."""
-        while (end := self.rest.find(b"\r\n", at)) < 0:
-            if len(self.rest) > at + _RECEIVE_BYTES:
-                raise Malformed(400, f"a line between chunks is longer than {_RECEIVE_BYTES} bytes")
+    def _line(self, deadline: float) -> bytes:
+        return self._until(b"\r\n", _RECEIVE_BYTES, "a line between chunks", 400, deadline)
+
+    def _until(self, mark: bytes, limit: int, what: str, status: int, deadline: float) -> bytes:
+        """What comes before the mark, which is skipped. What trickles in is not searched from its start each time."""
+        start = 0
+        while (end := self.buffer.find(mark, start)) < 0 and len(self.buffer) <= limit:
+            if self.buffer.find(b"\n\n", start) >= 0 or self.buffer.find(b"\n\r\n", start) >= 0:
+                raise BadRequest("a line ends in a line feed without a carriage return")
+            start = max(0, len(self.buffer) - 3)
             self.receive(deadline)
-        return self.rest[at:end], end + 2
+        if not 0 <= end <= limit:
+            raise BadRequest(f"{what} is longer than {limit} bytes", status)
+        line = bytes(self.buffer[:end])
+        del self.buffer[: end + len(mark)]
+        return line
+
+    def _exactly(self, count: int, deadline: float) -> bytes:
+        while len(self.buffer) < count:
+            self.receive(deadline)
+        taken = bytes(self.buffer[:count])
+        del self.buffer[:count]
+        return taken
 
     def receive(self, deadline: float) -> None:
-        """Waits for more bytes and appends them to `rest`."""
+        """Waits for more bytes and appends them to the buffer."""
         self._limit(socket.SO_RCVTIMEO, deadline)
         try:
             data = self.sock.recv(_RECEIVE_BYTES)
@@ -473,38 +571,37 @@ class Wire:
             raise TimeoutError("timed out") from fault
         if not data:
             raise EOFError("the connection was closed")
-        self.rest += data
+        self.buffer += data
 
     def send(self, data: bytes, deadline: float) -> None:
         """Sends all of it. Raises OSError; at the deadline, TimeoutError."""
         while data:
             self._limit(socket.SO_SNDTIMEO, deadline)
             try:
-                sent = self.sock.send(data)
+                data = data[self.sock.send(data) :]
             except BlockingIOError as fault:
                 raise TimeoutError("timed out") from fault
-            data = data[sent:]
 
     def _limit(self, option: int, deadline: float) -> None:
         """Sets how long the next recv or send may take: by socket option, since settimeout() adds a poll() to each,
-        except with TLS, which heeds nothing else. A timeout in force that is right to within 2 % is kept, which spares
-        nearly every call a system call."""
-        seconds = deadline - time.monotonic()
-        if seconds <= 0:
+        except with TLS, which heeds nothing else. A timeout that is right to within 2 % is kept, which spares nearly
+        every call a system call."""
+        left = deadline - time.monotonic()
+        if left <= 0:
             raise TimeoutError("timed out")
         if isinstance(self.sock, ssl.SSLSocket):
-            self.sock.settimeout(None if seconds == math.inf else seconds)
-        elif not seconds <= self._in_force[option] <= seconds * 1.02:
-            micros = 0 if seconds == math.inf else max(1, int(seconds * 1e6))
+            self.sock.settimeout(None if left == math.inf else left)
+        elif not left <= self._timeouts[option] <= left * 1.02:
+            micros = 0 if left == math.inf else max(1, int(left * 1e6))
             self.sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", *divmod(micros, 10**6)))
-            self._in_force[option] = seconds
+            self._timeouts[option] = left
 
 
-# == Front door: bytes become a Request, a Response becomes bytes ====================================================
+# == Connections: bytes become a Request, a Response becomes bytes ===================================================
 
 
-class Head(NamedTuple):
-    """A request without its body. Header names are in lower case; headers of one name are joined with ", "."""
+class Request(NamedTuple):
+    """What a caller sent. Header names are in lower case; `client` is its address."""
 
     method: str
     path: str
@@ -512,13 +609,8 @@ class Head(NamedTuple):
     headers: Mapping[str, str]
     keep_alive: bool
     version: str
-
-
-class Request(NamedTuple):
-    """`hung_up()` tells whether the caller has gone meanwhile."""
-
-    head: Head
-    body: bytes
+    body: bytes = b""
+    client: str = ""
     hung_up: Callable[[], bool] = lambda: False
 
 
@@ -535,34 +627,37 @@ class Response(NamedTuple):
     undo: Callable[[], object] | None = None
 
 
-def error(status: int, text: str, *headers: tuple[str, str]) -> Response:
-    return Response(status, (text + "\n").encode("utf-8", "backslashreplace"), TEXT, headers)
+def error(fault: BadRequest) -> Response:
+    return Response(fault.status, f"{fault}\n".encode("utf-8", "backslashreplace"), TEXT, fault.headers)
 
 
 # curl sends a path as it was typed: UTF-8 that is not percent-encoded is welcome, other bytes are not.
 _REQUEST_LINE = re.compile(rf"({_TOKEN.pattern}) ([^\x00-\x20\x7f\ud800-\udfff]+) HTTP/([0-9])\.([0-9])")
+_HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[\w.~!$&'()*+;=%-]*)(?::[0-9]*)?", re.ASCII)  # RFC 3986, 3.2.2
 
 
-def parse_head(data: bytes) -> Head:
-    """The request that begins with this head. Raises Malformed."""
+def parse_head(data: bytes) -> Request:
+    """The request that begins with this head. Raises BadRequest."""
     line, *header_lines = data.decode("utf-8", "surrogateescape").split("\r\n")
     if len(header_lines) > MAX_HEADERS:
-        raise Malformed(431, f"more than {MAX_HEADERS} headers")
+        raise BadRequest(f"more than {MAX_HEADERS} headers", 431)
     match = _REQUEST_LINE.fullmatch(line)
     if not match:
-        raise Malformed(400, f"not a request line: {quote(line)}")
+        raise BadRequest(f"not a request line: {quote(line)}")
     method, target, major, minor = match.groups()
     if major != "1":
-        raise Malformed(505, f"not HTTP/1.1 or HTTP/1.0: {quote(line)}")
+        raise BadRequest(f"not HTTP/1.1 or HTTP/1.0: {quote(line)}", 505)
     headers = parse_headers(header_lines)
+    if minor != "0" and not _HOST.fullmatch(headers.get("host", "/")):  # two are joined with a comma
+        raise BadRequest(f"host: not one host: {quote(headers['host'])}" if "host" in headers else "host: missing")
     if "transfer-encoding" in headers and minor == "0":
-        raise Malformed(400, "transfer-encoding in HTTP/1.0")
+        raise BadRequest("transfer-encoding in HTTP/1.0")
     options = {option.strip().lower() for option in headers.get("connection", "").split(",")}
     keep_alive = "close" not in options and (minor != "0" or "keep-alive" in options)
     if not target.startswith("/"):  # absolute-form, as sent to proxies
         target = re.sub(r"^https?://[^/?]*", "", target, flags=re.IGNORECASE)
     path, _, query = target.partition("#")[0].partition("?")
-    return Head(method, path or "/", query, headers, keep_alive, f"HTTP/1.{minor}")
+    return Request(method, path or "/", query, headers, keep_alive, f"HTTP/1.{minor}")
 
 
 # A client sends the same head again and again, byte for byte: 4 µs become 0.1 µs. Long heads are not worth the memory.
@@ -571,74 +666,82 @@ _parse_short_head = functools.lru_cache(maxsize=1024)(parse_head)
 
 @functools.lru_cache(maxsize=1)
 def http_date(second: int) -> str:
-    return email.utils.formatdate(second, usegmt=True)
+    return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(second))
 
 
 _REASON = {status.value: status.phrase for status in http.HTTPStatus}
-_REASON[413] = "Content Too Large"  # RFC 9110; CPython before 3.13 has the name of RFC 7231
 
 
-def render(response: Response, head: Head | None, keep_alive: bool) -> bytes:
-    """The answer as bytes. `head` is the request's, None where it could not be read."""
+def render(response: Response, request: Request | None, keep_alive: bool) -> bytes:
+    """The answer as bytes. `request` is None where it could not be read."""
     status, body = response.status, response.body
-    lines = [f"HTTP/1.1 {status} {_REASON[status]}\r\nDate: {http_date(int(time.time()))}\r\n"]
+    head = f"HTTP/1.1 {status} {_REASON[status]}\r\nDate: {http_date(int(time.time()))}\r\n"
     if status != 204:  # RFC 9110, 8.6: no Content-Length with 204
-        lines.append(f"Content-Type: {response.content_type}\r\nContent-Length: {len(body)}\r\n")
-    lines += [f"{name}: {value}\r\n" for name, value in response.headers]
-    if not keep_alive:
-        lines.append("Connection: close\r\n")
-    elif head and head.version == "HTTP/1.0":
-        lines.append("Connection: keep-alive\r\n")
-    lines.append("\r\n")
-    data = "".join(lines).encode("latin-1")
-    return data if head and head.method == "HEAD" else data + body
+        head += f"Content-Type: {response.content_type}\r\nContent-Length: {len(body)}\r\n"
+    head += "".join([f"{name}: {value}\r\n" for name, value in response.headers])
+    if not keep_alive or (request and request.version == "HTTP/1.0"):
+        head += f"Connection: {'keep-alive' if keep_alive else 'close'}\r\n"
+    data = (head + "\r\n").encode("latin-1")
+    return data if request and request.method == "HEAD" else data + body
 
 
 class Connection(socketserver.BaseRequestHandler):
     """Serves one connection in its own thread, request by request."""
 
     server: Server
-    idle = False  # waiting for a request's first byte; such connections do not delay the shutdown
 
     def setup(self) -> None:
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.wire = Wire(self.request)
-        self.client = ":".join(map(str, self.client_address[:2]))
-        self.serving: Head | None = None  # the latest request
-        self.server.opened(self)
+        host, port = self.client_address[:2]
+        self.client = str(Address(host.removeprefix("::ffff:"), port))
+        self.doing = ""  # what is read or answered; empty while it is silent
+        self.server.note(self, is_open=True)
 
     def finish(self) -> None:
-        self.server.closed(self)
+        self.server.note(self, is_open=False)
+        if isinstance(self.wire.sock, ssl.SSLSocket):  # which the server does not know
+            self.wire.sock.settimeout(0)
+            with contextlib.suppress(OSError, ValueError), self.wire.sock:
+                self.wire.sock.unwrap()  # says goodbye, and does not wait for the answer
 
     def handle(self) -> None:
         try:
+            self._shake_hands()
             while self._serve_one():
                 pass
         except (EOFError, OSError) as fault:  # the caller has gone, or idled too long
-            event(DEBUG, "connection closed", client=self.client, reason=fault)
+            if self.doing or isinstance(fault, ssl.SSLError):
+                event(DEBUG, "connection lost", client=self.client, doing=self.doing, reason=reason(fault))
 
-    def close_if_idle(self) -> None:
-        """Ends the wait for a request; one that has arrived already is still read and answered."""
-        if self.idle:
-            with contextlib.suppress(OSError):  # closed meanwhile
-                self.request.shutdown(socket.SHUT_RD)
+    def shutdown(self, how: int) -> None:
+        """Ends one half of the connection. After SHUT_RD, a request that has arrived already is still answered."""
+        with contextlib.suppress(OSError):  # closed meanwhile
+            socket.socket.shutdown(self.wire.sock, how)  # an SSLSocket's own shutdown() would end its TLS
+
+    def _shake_hands(self) -> None:
+        """TLS, in our own thread: a caller that never shakes hands stops nobody else."""
+        if self.server.tls:
+            self.request.settimeout(self.server.config.server_read_timeout or None)
+            sock = self.server.tls.get().wrap_socket(self.request, server_side=True, do_handshake_on_connect=False)
+            self.wire = Wire(sock)
+            sock.do_handshake()
 
     def _serve_one(self) -> bool:
         """Answers the next request; False when the connection is to be closed."""
         self._await_request()
+        limit = self.server.config.server_read_timeout
         try:
-            request = self._read_request(deadline_after(self.server.config.server_read_timeout))
-        except Malformed as fault:
-            return self._refuse(fault.status, str(fault))
+            request = self._read_request(deadline_after(limit))
+        except BadRequest as fault:
+            return self._refuse(fault)
         except TimeoutError:
-            limit = self.server.config.server_read_timeout
-            return self._refuse(408, f"the request was not complete after {limit:g}s")
-        head = self.serving = request.head
+            return self._refuse(BadRequest(f"the request was not complete after {limit:g}s", 408))
+        self.doing = f"{request.method} {request.path}"
         response = self.server.api.answer(request)
-        event(DEBUG, "request", client=self.client, method=head.method, path=head.path, status=response.status)
-        keep_alive = head.keep_alive and not (self.server.draining and not self.wire.rest)
+        keep_alive = request.keep_alive and not (self.server.stopping and not self.wire.buffer)
         try:
-            self._send(render(response, head, keep_alive))
+            self._send(render(response, request, keep_alive))
         except OSError:
             if response.undo:
                 response.undo()
@@ -647,35 +750,37 @@ class Connection(socketserver.BaseRequestHandler):
 
     def _await_request(self) -> None:
         """Waits for a request's first byte. Empty lines before it are skipped: RFC 9112, 2.2."""
-        self.serving = None
+        self.doing = ""
         deadline = deadline_after(self.server.config.server_idle_timeout)
-        while not self.wire.rest.lstrip(b"\r\n"):
-            self.wire.rest = b""
-            self.idle = True
-            # When draining, a moment for a request that is on its way: the last answer promised to read it.
-            self.wire.receive(time.monotonic() + 0.05 if self.server.draining else deadline)
-        self.idle = False
-        self.wire.rest = self.wire.rest.lstrip(b"\r\n")
+        while not self.wire.buffer.lstrip(b"\r\n"):
+            self.wire.buffer.clear()
+            # While it stops, at least a moment for a request that is on its way.
+            self.wire.receive(min(deadline, max(self.server.silent_until, time.monotonic() + 0.05)))
+        self.doing = "reading a request"
+        if self.wire.buffer[0] in b"\r\n":
+            self.wire.buffer = self.wire.buffer.lstrip(b"\r\n")
 
     def _read_request(self, deadline: float) -> Request:
         data = self.wire.head(deadline)
-        head = _parse_short_head(data) if len(data) < 1024 else parse_head(data)
-        waits = head.headers.get("expect", "").lower() == "100-continue" and head.version != "HTTP/1.0"
-        body = self.wire.body(head.headers, MAX_BODY_BYTES, deadline, self._invite if waits else None)
-        return Request(head, body, self._hung_up)
+        request = _parse_short_head(data) if len(data) < 1024 else parse_head(data)
+        self.server.authorize(request)
+        length = body_length(request.headers, MAX_BODY_BYTES)
+        waits = request.headers.get("expect", "").lower() == "100-continue" and request.version != "HTTP/1.0"
+        if waits and length != 0 and not self.wire.buffer:
+            self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        body = self.wire.body(length, MAX_BODY_BYTES, deadline)
+        return request._replace(body=body, client=self.client, hung_up=self._hung_up)
 
-    def _invite(self) -> None:
-        self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
-
-    def _refuse(self, status: int, text: str) -> bool:
+    def _refuse(self, fault: BadRequest) -> bool:
         """Answers what could not be read as a request. The rest of the stream means nothing, so the connection ends:
         our half first, the whole a moment later, since closing with bytes unread would destroy the answer."""
-        event(DEBUG, "request refused", status=status, reason=text)
-        self._send(render(error(status, text), None, keep_alive=False))
-        self.request.shutdown(socket.SHUT_WR)
+        event(DEBUG, "request refused", client=self.client, status=fault.status, reason=fault)
+        self.server.api.count("other", "other", fault.status)
+        self._send(render(error(fault), None, keep_alive=False))
+        self.shutdown(socket.SHUT_WR)
         deadline = time.monotonic() + 1
         for _ in range(64):
-            self.wire.rest = b""
+            self.wire.buffer.clear()
             self.wire.receive(deadline)
         return False
 
@@ -685,127 +790,279 @@ class Connection(socketserver.BaseRequestHandler):
     def _hung_up(self) -> bool:
         """A caller that ends only its own half of the connection counts as gone, since it looks the same."""
         poll = select.poll()
-        poll.register(self.request, select.POLLRDHUP)
+        poll.register(self.wire.sock, select.POLLRDHUP)
         return bool(poll.poll(0))
 
 
-class Api:
-    """The endpoints: what a Request means to the LockService, and its answer as a Response."""
+SILENT_SECONDS = 0.5  # how long a stop waits for requests that are on their way on connections that are kept
 
-    def __init__(self, service: LockService, metrics: Metrics, profiling: bool = False) -> None:
+
+class Server(http.server.ThreadingHTTPServer):
+    """Accepts connections and knows which are open, so that it can stop without losing a request."""
+
+    daemon_threads = True  # block_on_close would wait for silent clients, too: stop() waits for the others only
+    block_on_close = False
+    timeout = 0.1  # seconds: how late handle_request() notices a signal that another thread received
+
+    def __init__(self, config: Config, api: Api) -> None:
+        """Listens on the configured address. Raises OSError or ConfigError."""
+        self.config = config
+        self.api = api
+        self.stopping = False
+        self.silent_until = math.inf  # a connection without a request is closed then
+        names = ("server_client_ca_path", "server_cert_path", "server_key_path")
+        self.tls = tls_context(config, ssl.Purpose.CLIENT_AUTH, *names) if config.server_cert_path else None
+        self._tokens = bearer_tokens(config) if config.server_token_path else None
+        self._mutex = threading.Condition()  # owns the set below; notified of each connection that closes
+        self._connections: set[Connection] = set()
+        listener = listen(config.server_host, config.server_port)
+        # TCPServer's own __init__ would make a socket for one family, and HTTPServer's look up our name in the DNS.
+        socketserver.BaseServer.__init__(self, listener.getsockname(), Connection)
+        self.socket = listener
+
+    def authorize(self, request: Request) -> None:
+        """Raises BadRequest unless the request shows one of the tokens, where tokens are needed."""
+        if self._tokens and request.path not in ("/health", "/ready"):
+            scheme, _, given = request.headers.get("authorization", "").partition(" ")
+            shown = given.strip().encode("utf-8", "surrogateescape")
+            known = [hmac.compare_digest(shown, token) for token in self._tokens.get()]  # all, in constant time
+            if scheme.lower() != "bearer" or True not in known:
+                wanted = ("WWW-Authenticate", "Bearer")
+                raise BadRequest("authorization: not Bearer with a token that is known here", 401, wanted)
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """The next connection; handle_request() goes on after an OSError."""
+        try:
+            return super().get_request()
+        except OSError as fault:
+            if fault.errno in OWN_SHORTAGES:
+                event(ERROR, "accept failed", reason=reason(fault))
+                time.sleep(0.1)  # seconds; without it the loop would spin
+            raise
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        event(ERROR, "connection failed", **_defect(sys.exception()))
+
+    def note(self, connection: Connection, is_open: bool) -> None:
+        with self._mutex:
+            (self._connections.add if is_open else self._connections.discard)(connection)
+            self._mutex.notify_all()
+
+    def stop(self, timeout: float) -> None:
+        """Accepts no more, answers what is in flight, closes silent connections SILENT_SECONDS later, and after
+        `timeout` seconds (0: never) cuts what is left. Locks stay with their holders."""
+        self.stopping = True
+        self.silent_until = time.monotonic() + SILENT_SECONDS
+        deadline = deadline_after(timeout)
+        self.socket.setblocking(False)
+        with contextlib.suppress(OSError):  # BlockingIOError: all that were let in have been accepted
+            while True:
+                self.process_request(*self.get_request())
+        self.socket.close()
+        self.api.service.dismiss_waiting()
+        with self._mutex:
+            self._await_closed(min(self.silent_until, deadline))
+            for connection in self._connections:
+                if not connection.doing:
+                    connection.shutdown(socket.SHUT_RD)
+            self._await_closed(deadline)
+            for connection in self._connections:
+                event(WARNING, "connection cut", client=connection.client, doing=connection.doing or "nothing")
+
+    def _await_closed(self, deadline: float) -> None:
+        """The caller holds the mutex."""
+        while self._connections and (left := deadline - time.monotonic()) > 0:
+            self._mutex.wait(min(left, self.timeout))  # for a second signal that another thread receives
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; an empty host is every address, IPv6 with IPv4 where there is IPv6. Raises OSError."""
+    if not host and socket.has_dualstack_ipv6():
+        try:
+            return socket.create_server(("", port), family=socket.AF_INET6, backlog=1024, dualstack_ipv6=True)
+        except OSError as fault:
+            if fault.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
+                raise
+    family, _, _, _, address = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)[0]
+    return socket.create_server(address, family=family, backlog=1024)
+
+
+def _defect(fault: BaseException | None) -> dict[str, object]:
+    """An error that nobody expected, for the log: what, and where."""
+    frames = traceback.extract_tb(fault.__traceback__) if fault else []
+    return {
+        "error": repr(fault),
+        "at": f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else "?",
+    }
+
+
+# == API: what a Request asks for, and its answer ====================================================================
+
+LEASE_HEADERS = ("x-lease-ttl", "x-lease-wait", "x-lease-id")
+_wait, _lease_id = duration(0, MAX_WAIT_SECONDS), between(1, INT64[-1], whole)
+
+
+class Api:
+    """The endpoints."""
+
+    def __init__(self, service: LockService, metrics: Metrics, config: Config) -> None:
         self.service = service
         self._metrics = metrics
+        self._ttl = duration(1, config.max_ttl, math.ceil)
+        self._default_ttl = min(DEFAULT_TTL_SECONDS, config.max_ttl)
         self._routes: dict[str, dict[str, Callable[[Request], Response]]] = {
             "/lease": {"POST": self.acquire, "DELETE": self.release, "GET": self.look},
             "/keepalive": {"POST": self.renew},
-            "/health": {"GET": self.health},
+            "/health": {"GET": lambda request: Response(200, b"ok\n")},
             "/ready": {"GET": self.ready},
             "/metrics": {"GET": self.expose_metrics},
         }
-        if profiling:
-            self._routes |= {path: {"GET": page} for path, page in profile_pages().items()}
+        if config.pprof_enabled:
+            self._routes |= {f"/debug/pprof/{name}": {"GET": page} for name, page in PROFILES.items()}
 
     def answer(self, request: Request) -> Response:
-        """Always answers, unless the caller has gone: then it raises HungUp."""
-        head = request.head
-        methods = self._routes.get(head.path)
-        if methods is None:
-            return error(404, f"no such path: {quote(head.path)}")
-        handler = methods.get("GET" if head.method == "HEAD" else head.method)
-        if handler is None:
-            allow = ", ".join([*methods, "HEAD"] if "GET" in methods else methods)
-            return error(405, f"{head.path}: not {allow}: {quote(head.method)}", ("Allow", allow))
+        """Always answers, unless the caller has gone: then it raises EOFError."""
+        methods = self._routes.get(request.path, {})
+        handler = methods.get("GET" if request.method == "HEAD" else request.method)
         try:
-            return handler(request)
+            response = handler(request) if handler else self._no_handler(request, methods)
         except BadRequest as fault:
-            return error(fault.status, str(fault))
+            response = error(fault)
         except StorageError as fault:
-            return error(500, f"storage failed: {fault}")
-        except HungUp:
+            response = error(BadRequest(f"storage failed: {fault}", 500))
+        except EOFError:
             raise
         except Exception as fault:  # a defect of ours; the caller deserves an answer all the same
-            event(ERROR, "internal error", path=head.path, error=repr(fault), at=_where(fault))
-            return error(500, "internal error: see the log of shared-lock")
+            event(ERROR, "internal error", path=request.path, **_defect(fault))
+            response = error(BadRequest("internal error: see the log of shared-lock", 500))
+        self.count(request.path if methods else "other", request.method if handler else "other", response.status)
+        event(DEBUG, "request", client=request.client, method=request.method, path=request.path, status=response.status)
+        return response
+
+    def count(self, path: str, method: str, status: int) -> None:
+        """A request that was answered. A caller's own words never become labels."""
+        self._metrics.count(REQUESTS, path=path, method=method, code=status)
+
+    def _no_handler(self, request: Request, methods: Mapping[str, object]) -> Response:
+        if not methods:
+            raise BadRequest(f"no such path: {quote(request.path)}", 404)
+        allow = ", ".join([*methods, "HEAD"] if "GET" in methods else methods)
+        raise BadRequest(f"{request.path}: not {allow}: {quote(request.method)}", 405, ("Allow", allow))
 
     def acquire(self, request: Request) -> Response:
         """POST /lease"""
-        headers = request.head.headers
-        ttl = _parsed(headers, "x-lease-ttl", parse_ttl, DEFAULT_TTL_SECONDS)
-        wait = _parsed(headers, "x-lease-wait", seconds_up_to(MAX_WAIT_SECONDS), 0.0)
-        key, value = parse_lock(request.body)
+        must_be_free = _precondition(request, "if-none-match", "if-match")
+        wanted = self._lock_request(request)
         try:
-            outcome = self.service.acquire(key, value, ttl, wait, request.hung_up)
-        except OutcomeUnknown as fault:
-            return error(500, f"outcome unknown: {fault}")
+            outcome = self.service.acquire(wanted)
         except StorageError as fault:
-            return error(500, f"not acquired: {fault}")
+            known = "outcome unknown" if isinstance(fault, OutcomeUnknown) else "not acquired"
+            raise BadRequest(f"{known}: {fault}", 500) from fault
         if isinstance(outcome, Holder):
-            return Response(202, b"%d" % outcome.lease)
-        lease = outcome.lease
-        answer_headers = (("x-lease-ttl", f"{outcome.ttl}s"), ("x-fencing-token", str(outcome.token)))
-        return Response(201, b"%d" % lease, TEXT, answer_headers, undo=lambda: self.service.take_back(lease))
+            if must_be_free:
+                raise BadRequest(f"key: held: {quote(wanted.key)}", 412)
+            # Never the holder's lease: a refused script that cleans up after itself would free somebody else's lock.
+            return Response(202, b"0")
+        headers = (("x-lease-ttl", f"{outcome.ttl}s"), ("x-fencing-token", str(outcome.token)))
+        undo = functools.partial(self.service.take_back, wanted, outcome.lease)
+        return Response(201, b"%d" % outcome.lease, TEXT, headers, undo)
+
+    def _lock_request(self, request: Request) -> LockRequest:
+        if request.query:
+            raise BadRequest(
+                f"query: not of use here, but the headers {', '.join(LEASE_HEADERS)}: {quote(request.query)}"
+            )
+        for name in request.headers:
+            if name.startswith("x-lease-") and name not in LEASE_HEADERS:
+                raise BadRequest(f"{quote(name)}: not one of the headers {', '.join(LEASE_HEADERS)}")
+        ttl = _parsed(request, "x-lease-ttl", self._ttl, self._default_ttl)
+        wait, lease = _parsed(request, "x-lease-wait", _wait, 0), _parsed(request, "x-lease-id", _lease_id, 0)
+        return LockRequest(*parse_lock(request.body), ttl, wait, lease, request.client, request.hung_up)
 
     def renew(self, request: Request) -> Response:
         """POST /keepalive"""
-        ttl = self.service.renew(parse_lease(request.body))
-        return Response(200, b"", TEXT, (("x-lease-ttl", f"{ttl}s"),)) if ttl else Response(204)
+        must_exist = _precondition(request, "if-match", "if-none-match")
+        ttl = self.service.renew(lease := parse_lease(request.body))
+        return Response(200, b"", TEXT, (("x-lease-ttl", f"{ttl}s"),)) if ttl else _gone(lease, must_exist)
 
     def release(self, request: Request) -> Response:
         """DELETE /lease"""
-        return Response(200 if self.service.release(parse_lease(request.body)) else 204)
+        must_exist = _precondition(request, "if-match", "if-none-match")
+        released = self.service.release(lease := parse_lease(request.body), request.client)
+        return Response(200) if released else _gone(lease, must_exist)
 
     def look(self, request: Request) -> Response:
-        """GET /lease?key=K"""
-        key = _query(request).get("key", "")
-        if not key:
-            raise BadRequest("key: missing in the query, as in /lease?key=nightly")
-        found = self.service.look(_checked_text("key", key))
-        if found is None:
-            return error(404, f"key: free: {quote(key)}")
-        holder, lease = found
-        answer = {
-            "key": key,
-            "value": holder.value.decode("utf-8", "replace"),
-            "ttl": lease.left if lease else None,
-            "granted_ttl": lease.granted if lease else None,
-            "fencing_token": holder.token,
-        }
-        return Response(200, (json.dumps(answer, ensure_ascii=False) + "\n").encode(), "application/json")
+        """GET /lease?key=K and GET /lease?prefix=P"""
+        query = _query(request)
+        if "prefix" in query and "key" not in query:
+            return self._list(_checked_text("prefix", query["prefix"]))
+        if not query.get("key") or "prefix" in query:
+            raise BadRequest("key: missing in the query, as in /lease?key=nightly, or a prefix alone, /lease?prefix=")
+        key = _checked_text("key", query["key"])
+        if (holder := self.service.look(key)) is None:
+            raise BadRequest(f"key: free: {quote(key)}", 404)
+        ttls = {"ttl": holder.ttl, "granted_ttl": holder.granted_ttl}
+        line = _json_line(key=key, value=holder.value, **ttls, fencing_token=holder.token)
+        return Response(200, line, "application/json")
 
-    def health(self, request: Request) -> Response:
-        return Response(200, b"ok\n")
+    def _list(self, prefix: str) -> Response:
+        locks, more = self.service.list_locks(prefix)
+        lines = [_json_line(key=key, value=one.value, fencing_token=one.token) for key, one in locks]
+        return Response(200, b"".join([*lines, _json_line(more=True) if more else b""]), "application/x-ndjson")
 
     def ready(self, request: Request) -> Response:
-        fault = self.service.readiness()
-        return error(503, f"storage failed: {fault}") if fault else Response(200, b"ok\n")
+        try:
+            self.service.check()
+        except StorageError as fault:
+            raise BadRequest(f"storage failed: {fault}", 503) from fault
+        return Response(200, b"ok\n")
 
     def expose_metrics(self, request: Request) -> Response:
         return Response(200, self._metrics.render().encode(), "text/plain; version=0.0.4; charset=utf-8")
 
 
+def _precondition(request: Request, name: str, other: str) -> bool:
+    """Whether this header (RFC 9110, 13.1) was sent. Raises BadRequest where to ignore one would be a trap."""
+    given = request.headers.get(name)
+    if given not in (None, "*"):
+        raise BadRequest(f"{name}: not *: {quote(given)}")
+    if other in request.headers:
+        raise BadRequest(f"{other}: not of use here, but {name}: *")
+    return given == "*"
+
+
+def _gone(lease: int, must_exist: bool) -> Response:
+    if must_exist:
+        raise BadRequest(f"lease: gone: {lease}", 412)
+    return Response(204)
+
+
+def _json_line(**members: object) -> bytes:
+    return (json.dumps(members, ensure_ascii=False) + "\n").encode()
+
+
 def _query(request: Request) -> dict[str, str]:
     """The query's parameters; of several with one name the first counts."""
     try:
-        pairs = urllib.parse.parse_qsl(request.head.query, keep_blank_values=True, errors="strict")
+        pairs = urllib.parse.parse_qsl(request.query, keep_blank_values=True, errors="strict")
     except ValueError as fault:
-        raise BadRequest(f"query: not UTF-8 in percent-encoding: {quote(request.head.query)}") from fault
+        raise BadRequest(f"query: not UTF-8 in percent-encoding: {quote(request.query)}") from fault
     return dict(reversed(pairs))
 
 
-_Parsed = TypeVar("_Parsed")
-
-
-def _parsed(headers: Mapping[str, str], name: str, parse: Callable[[str], _Parsed], default: _Parsed) -> _Parsed:
-    text = headers.get(name)
+def _parsed(request: Request, name: str, parse: Callable[[str], Any], default: float) -> Any:
+    text = request.headers.get(name)
     try:
         return default if text is None else parse(text)
     except ValueError as fault:
         raise BadRequest(f"{name}: {fault}") from fault
 
 
-# An integer too long for int64 becomes a float, as in JavaScript; Python would refuse 4,300 digits as no JSON at all.
-# NaN and Infinity, which Python reads and JSON does not have, are refused.
+# Names of members are matched whatever their case, and the last of two that match counts, as in Go. An integer too
+# long for int64 becomes a float, as in JavaScript; Python would refuse 4,300 digits as no JSON at all. NaN and
+# Infinity, which Python reads and JSON does not have, are refused.
 _JSON = json.JSONDecoder(
+    object_pairs_hook=lambda members: {name.casefold(): given for name, given in members},
     parse_int=lambda digits: int(digits) if len(digits) <= 20 else float(digits),
     parse_constant=lambda name: float(f"not JSON: {name}"),
 )
@@ -824,18 +1081,19 @@ def parse_lock(body: bytes) -> tuple[str, str]:
     lock = _parse_json(body)
     if not isinstance(lock, dict):
         raise BadRequest(f"body: not a JSON object: {quote(json.dumps(lock))}")
-    lock = {name: given for name, given in lock.items() if given is not None}  # null is absent, as in Go
-    for name in ("key", "value", "timestamp"):
-        if not isinstance(lock.get(name, ""), str):
-            raise BadRequest(f"{name}: not a string: {quote(json.dumps(lock[name]))}")
-    labels = lock.get("labels", {})
-    if not isinstance(labels, dict) or not all(isinstance(label, str) for label in labels.values()):
-        raise BadRequest(f"labels: not an object of strings: {quote(json.dumps(labels))}")
-    if "timestamp" in lock and not is_timestamp(lock["timestamp"]):
-        raise BadRequest(f"timestamp: not RFC 3339, as in 2006-01-02T15:04:05Z: {quote(lock['timestamp'])}")
-    if not lock.get("key"):
-        raise BadRequest('key: empty: ""' if "key" in lock else "key: missing")
-    return _checked_text("key", lock["key"]), _checked_text("value", lock.get("value", ""))
+    if "ttl" in lock:
+        raise BadRequest(f"ttl: not read from the body, send the header x-lease-ttl: {quote(json.dumps(lock['ttl']))}")
+    key, value = (_member(lock, name) for name in ("key", "value"))
+    if not key:
+        raise BadRequest('key: empty: ""' if lock.get("key") == "" else "key: missing")
+    return key, value
+
+
+def _member(lock: Mapping[str, Any], name: str) -> str:
+    text = lock.get(name)
+    if text is not None and not isinstance(text, str):  # null is absent, as in Go
+        raise BadRequest(f"{name}: not a string: {quote(json.dumps(text))}")
+    return _checked_text(name, text or "")
 
 
 def _checked_text(name: str, text: str) -> str:
@@ -844,22 +1102,6 @@ def _checked_text(name: str, text: str) -> str:
     except UnicodeEncodeError as fault:
         raise BadRequest(f"{name}: not Unicode text, a surrogate stands alone: {text[:100]!a}") from fault
     return text
-
-
-_TIMESTAMP = re.compile(
-    r"([0-9]{4}-[0-9]{2}-[0-9]{2})T(?:[01][0-9]|2[0-3]):[0-5][0-9]:(?:[0-5][0-9]|60)(?:\.[0-9]+)?"
-    r"(?:Z|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])",
-    re.IGNORECASE,
-)
-
-
-def is_timestamp(text: str) -> bool:
-    """RFC 3339, 5.6."""
-    match = _TIMESTAMP.fullmatch(text)
-    try:
-        return bool(match and datetime.date.fromisoformat(match[1]))
-    except ValueError:  # the 30th of February
-        return False
 
 
 def parse_lease(body: bytes) -> int:
@@ -877,313 +1119,520 @@ def parse_lease(body: bytes) -> int:
     return given
 
 
-# == LockService: what a lock means ==================================================================================
-
-
-class Storage(Protocol):
-    """What both storages promise. Keys are without our prefix. Every method may raise StorageError."""
-
-    def acquire(self, key: str, value: str, ttl: int) -> Grant | Holder:
-        """Takes the key, or tells who has it. Raises OutcomeUnknown where the lock may have been taken."""
-
-    def look(self, key: str) -> Holder | None:
-        """Who holds the key, with its value; None where it is free."""
-
-    def describe(self, lease: int) -> LeaseInfo | None:
-        """What is known of a lease; None where it is gone."""
-
-    def renew(self, lease: int) -> int:
-        """Starts the lease's ttl again and returns it; 0 where the lease is known to be gone."""
-
-    def release(self, lease: int) -> list[str] | None:
-        """Ends the lease and returns the keys that this frees; None where there is nothing of ours to end."""
-
-    def check(self) -> None:
-        """Returns if the storage can serve."""
-
-
-class HungUp(EOFError):
-    """The caller closed its connection while it waited."""
+# == Service: what a lock means ======================================================================================
 
 
 class LockService:
     """Locks over a storage. All methods may be called from any thread."""
 
-    def __init__(self, storage: Storage, metrics: Metrics, cache: Cache | None = None) -> None:
+    def __init__(self, storage: Storage, metrics: Metrics) -> None:
         self._storage = storage
         self._metrics = metrics
-        self._cache = cache
-        self._line = Line()
-        self._check_mutex = threading.Lock()  # owns the two below, and is held while the storage is checked
-        self._checked_at = -math.inf
-        self._check_fault: StorageError | None = None
+        self._waiting = Waiting()
+        metrics.sources.append(lambda: {"shared_lock_waiting": len(self._waiting)})
+        self.look, self.list_locks, self.check = storage.look, storage.list_locks, storage.check
+        self.dismiss_waiting = self._waiting.dismiss
 
-    def acquire(
-        self, key: str, value: str, ttl: int, wait: float = 0, hung_up: Callable[[], bool] = lambda: False
-    ) -> Grant | Holder:
-        """Takes the lock for `ttl` seconds, or tells who holds it after waiting for up to `wait` seconds.
+    def acquire(self, wanted: LockRequest) -> Grant | Holder:
+        """Takes the lock, or tells who holds it when the caller is no longer willing to wait.
 
-        Raises StorageError (not acquired), OutcomeUnknown, or HungUp.
+        Raises StorageError (not acquired), OutcomeUnknown, BadRequest, or EOFError (the caller has gone).
         """
-        if wait:
-            outcome = self._acquire_in_line(key, value, ttl, time.monotonic() + wait, hung_up)
-        else:
-            outcome = (self._cache and self._cache.holder(key)) or self._try_to_acquire(key, value, ttl)
+        with contextlib.closing(self._waiting.turns(wanted)) as turns:
+            for _ in turns:
+                outcome, took = self._try_to_acquire(wanted)
+                if isinstance(outcome, Grant):
+                    break
+        self._metrics.observe_grant(took)
         if isinstance(outcome, Holder):
-            self._metrics.count_lease("get", "accepted")
-            event(DEBUG, "refused", key=key, holder=outcome.lease)
+            self._metrics.count(LEASES, operation="get", status="accepted")
+            event(DEBUG, "refused", key=wanted.key, client=wanted.client, holder=outcome.lease)
+        elif wanted.wait and wanted.hung_up():
+            self.take_back(wanted, outcome.lease)
+            raise EOFError("the caller hung up")
         return outcome
 
-    def _acquire_in_line(
-        self, key: str, value: str, ttl: int, deadline: float, hung_up: Callable[[], bool]
-    ) -> Grant | Holder:
-        with self._line.place(key) as turn:
-            while True:
-                outcome = self._try_to_acquire(key, value, ttl)
-                if isinstance(outcome, Grant) and hung_up():
-                    self.take_back(outcome.lease)
-                    raise HungUp("the caller hung up")
-                if isinstance(outcome, Grant) or time.monotonic() >= deadline:
-                    return outcome
-                self._line.await_turn(key, turn, deadline, hung_up)
-                if self._line.dismissed:
-                    return outcome
-
-    def _try_to_acquire(self, key: str, value: str, ttl: int) -> Grant | Holder:
-        seen = self._cache.releases if self._cache else 0
+    def _try_to_acquire(self, wanted: LockRequest) -> tuple[Grant | Holder, float]:
+        """The outcome, and the seconds that it took."""
         started = time.monotonic()
-        try:
-            outcome = self._storage.acquire(key, value, ttl)
-        except StorageError as fault:
-            self._note_failure("get", "acquire failed", key=key, error=fault)
-            raise
+        outcome = self._ask("get", self._storage.acquire, wanted, key=wanted.key, client=wanted.client)
         if isinstance(outcome, Grant):
-            self._metrics.count_grant(time.monotonic() - started)
-            event(INFO, "granted", key=key, lease=outcome.lease, ttl=outcome.ttl, token=outcome.token)
-            if self._cache:
-                self._cache.remember(key, outcome.lease, started + outcome.ttl, seen)
-        elif self._cache and outcome.lease:  # remembered for what the holder's ttl has left, not for the asker's ttl
-            asked = time.monotonic()
-            with contextlib.suppress(StorageError):  # the refusal stands without it, and the next one asks again
-                if info := self._storage.describe(outcome.lease):
-                    self._cache.remember(key, outcome.lease, asked + info.left, seen)
-        return outcome
+            self._metrics.count(LEASES, operation="get", status="created")
+            shown = {"ttl": outcome.ttl, "token": outcome.token, "value": wanted.value, "client": wanted.client}
+            event(INFO, "granted", key=wanted.key, lease=outcome.lease, **shown)
+        return outcome, time.monotonic() - started
 
     def renew(self, lease: int) -> int:
         """Starts the lease's ttl again and returns it; 0 where etcd knows that it is gone. Raises StorageError."""
-        started = time.monotonic()
-        try:
-            ttl = self._storage.renew(lease)
-        except StorageError as fault:
-            self._note_failure("prolong", "keepalive failed", lease=lease, error=fault)
-            raise
-        if ttl:
-            self._metrics.count_lease("prolong", "success")
-            if self._cache:
-                self._cache.renewed(lease, started + ttl)
-        else:
-            self._metrics.count_lease("prolong", "failure")
+        ttl = self._ask("prolong", self._storage.renew, lease, lease=lease)
+        self._metrics.count(LEASES, operation="prolong", status="success" if ttl else "failure")
+        if not ttl:
             event(INFO, "lease is gone", lease=lease)
-            if self._cache:
-                self._cache.released(lease)
         return ttl
 
-    def release(self, lease: int) -> bool:
+    def release(self, lease: int, client: str) -> bool:
         """Ends the lease, which frees its key at once; False where there is nothing of ours. Raises StorageError."""
+        keys = self._ask("release", self._storage.release, lease, lease=lease, client=client)
+        self._metrics.count(LEASES, operation="release", status="failure" if keys is None else "success")
+        for key in keys or ():
+            event(INFO, "released", key=key, lease=lease, client=client)
+            self._waiting.wake(key)
+        return keys is not None
+
+    def take_back(self, wanted: LockRequest, lease: int) -> None:
+        """Releases a lock whose caller left before it was told. A caller that chose its lease may have been told by the
+        answer to a repetition: that lock stays."""
+        if not wanted.lease:
+            event(INFO, "caller has gone, lock taken back", lease=lease, client=wanted.client)
+            with contextlib.suppress(StorageError):  # logged by release; the lease ends with its ttl
+                self.release(lease, wanted.client)
+
+    def _ask(self, operation: str, ask: Callable[[Item], Answer], item: Item, **shown: object) -> Answer:
+        """The storage's answer; a failure is counted and logged."""
         try:
-            keys = self._storage.release(lease)
+            return ask(item)
         except StorageError as fault:
-            self._note_failure("release", "release failed", lease=lease, error=fault)
+            self._metrics.count(LEASES, operation=operation, status="error")
+            event(WARNING, "storage failed", operation=operation, reason=fault, **shown)
             raise
-        finally:
-            if self._cache:
-                self._cache.released(lease)
-        if keys is None:
-            self._metrics.count_lease("release", "failure")
-            return False
-        self._metrics.count_lease("release", "success")
-        event(INFO, "released", lease=lease)
-        for key in keys:
-            self._line.call(key)
-        return True
-
-    def take_back(self, lease: int) -> None:
-        """Releases a lock whose caller left before it was told."""
-        event(INFO, "caller has gone, lock taken back", lease=lease)
-        with contextlib.suppress(StorageError):  # logged by release; the lease ends with its ttl
-            self.release(lease)
-
-    def look(self, key: str) -> tuple[Holder, LeaseInfo | None] | None:
-        """Who holds the key, and its lease (None: held without one); None where it is free. Raises StorageError."""
-        holder = self._storage.look(key)
-        if holder is None:
-            return None
-        if not holder.lease:
-            return holder, None
-        info = self._storage.describe(holder.lease)
-        return (holder, info) if info else None  # None: it ended between the two questions
-
-    def _note_failure(self, operation: str, name: str, **fields: object) -> None:
-        self._metrics.count_lease(operation, "error")
-        event(WARNING, name, **fields)
-
-    def readiness(self) -> StorageError | None:
-        """What is wrong with the storage. It is checked at most once a second, however many ask."""
-        with self._check_mutex:
-            if time.monotonic() - self._checked_at > 1:
-                try:
-                    self._check_fault = None
-                    self._storage.check()
-                except StorageError as fault:
-                    self._check_fault = fault
-                self._checked_at = time.monotonic()
-            return self._check_fault
-
-    def dismiss_waiting(self) -> None:
-        """Answers all that wait for a lock now."""
-        self._line.dismiss()
 
 
-class Line:
-    """Callers that wait for a lock, per key in order of arrival.
+POLL_SECONDS = 0.4  # how late a waiter may learn of a release through another replica
+HUNG_UP_SECONDS = 2  # how late we may notice that a waiting caller has gone
 
-    Only the first in line asks the storage, so many waiters cost as much as one: every POLL_SECONDS, and at once
-    when the lock is released through this replica. Nobody holds a lease or writes while waiting.
+
+class Waiting:
+    """Callers that wait for a lock, by key.
+
+    Only the first of a key asks the storage, so many waiters cost as much as one: every POLL_SECONDS, and at once when
+    the lock is released through this replica. Nobody holds a lease or writes while waiting. This is no fair queue:
+    whoever asks in the moment when a key is free gets it, here or through another replica.
     """
 
     def __init__(self) -> None:
-        self._mutex = threading.Lock()  # owns the lines
-        self._lines: dict[str, collections.deque[threading.Event]] = {}  # set: ask the storage now
-        self.dismissed = False
+        self._mutex = threading.Lock()  # owns the callers
+        self._callers: dict[str, list[threading.Event]] = {}  # set: ask the storage now
+        self._dismissed = False
+
+    def __len__(self) -> int:
+        with self._mutex:
+            return sum(map(len, self._callers.values()))
+
+    def turns(self, wanted: LockRequest) -> Generator[None, None, None]:
+        """Yields whenever this caller should ask the storage: at once, and until its wait is over. Raises EOFError."""
+        yield
+        if not wanted.wait:
+            return
+        # A second early: a proxy that cuts at 60 s would otherwise cut the answer to a wait of 60 s.
+        deadline = time.monotonic() + min(wanted.wait, MAX_WAIT_SECONDS - 1)
+        with self._joined(wanted.key) as mine:
+            while (left := deadline - time.monotonic()) > 0 and not self._dismissed:
+                first = self._callers[wanted.key][0] is mine
+                woken = mine.wait(min(left, POLL_SECONDS if first else HUNG_UP_SECONDS))
+                if wanted.hung_up():
+                    raise EOFError("the caller hung up")
+                if (woken or first) and not self._dismissed:
+                    mine.clear()
+                    yield
 
     @contextlib.contextmanager
-    def place(self, key: str) -> Iterator[threading.Event]:
-        """A place in the line for this key, held for the with statement."""
+    def _joined(self, key: str) -> Iterator[threading.Event]:
         mine = threading.Event()
         with self._mutex:
-            self._lines.setdefault(key, collections.deque()).append(mine)
+            callers = self._callers.setdefault(key, [])
+            callers.append(mine)
         try:
             yield mine
         finally:
             with self._mutex:
-                line = self._lines[key]
-                was_first = line[0] is mine
-                line.remove(mine)
-                if not line:
-                    del self._lines[key]
-                elif was_first:
-                    line[0].set()
+                callers.remove(mine)
+                if callers:
+                    callers[0].set()
+                else:
+                    del self._callers[key]
 
-    def await_turn(self, key: str, mine: threading.Event, deadline: float, hung_up: Callable[[], bool]) -> None:
-        """Waits until it is worth asking the storage again, at most until the deadline. Raises HungUp."""
-        called = first = False
-        while not (called or first or self.dismissed) and (left := deadline - time.monotonic()) > 0:
-            with self._mutex:
-                first = self._lines[key][0] is mine
-            called = mine.wait(min(left, POLL_SECONDS if first else HUNG_UP_SECONDS))
-            if hung_up():
-                raise HungUp("the caller hung up")
-        mine.clear()
-
-    def call(self, key: str) -> None:
-        """Wakes the first in line: the key was released."""
+    def wake(self, key: str) -> None:
+        """The key was released: its first caller asks now."""
         with self._mutex:
-            if key in self._lines:
-                self._lines[key][0].set()
+            for mine in self._callers.get(key, ())[:1]:
+                mine.set()
 
     def dismiss(self) -> None:
+        """All wait no longer."""
         with self._mutex:
-            self.dismissed = True
-            for line in self._lines.values():
-                for waiting in line:
-                    waiting.set()
+            self._dismissed = True
+            for mine in itertools.chain.from_iterable(self._callers.values()):
+                mine.set()
 
 
-# == Cache: keys that are known to be held ===========================================================================
+# == Cache: a storage in front of the storage ========================================================================
 
 
 class _Entry:
-    """What is known of one key: who holds it, and until when at least (time.monotonic)."""
+    """What is known of one key: the newest holder, until when it holds at least, and the lease that ended last."""
 
-    __slots__ = ("__weakref__", "ends", "lease")
+    __slots__ = ("__weakref__", "ended", "ends", "lease", "token")
 
     def __init__(self, key: str) -> None:
-        self.lease = 0
-        self.ends = -math.inf
+        self.lease = self.token = self.ended = 0
+        self.ends = -math.inf  # time.monotonic
 
 
 class Cache:
-    """Answers "held" from memory. It can delay a grant and never cause one: only etcd grants.
+    """Refuses from memory while a key is known to be held. It can delay a grant and never cause one: only the storage
+    behind it grants.
 
-    An entry ends before its lease can, since it counts from the moment the storage was *asked*. functools.lru_cache
-    bounds the entries; the index by lease is weak, so that it does not keep alive what the LRU dropped.
+    An entry ends before its lease can, since it counts from the moment the storage was *asked*. Answers may overtake
+    each other: the larger fencing token is the newer holder, and a lease that was seen to end is never believed again.
+    The LRU is functools'; the index by lease is weak, so that it keeps nothing alive that the LRU dropped.
     """
 
-    def __init__(self, size: int, metrics: Metrics, clock: Callable[[], float] = time.monotonic) -> None:
-        self._mutex = threading.Lock()  # owns all below: by itself, lru_cache gives two threads that miss two entries
-        self._entry = functools.lru_cache(maxsize=size)(_Entry)
-        self._by_lease: weakref.WeakValueDictionary[int, _Entry] = weakref.WeakValueDictionary()
+    def __init__(
+        self,
+        storage: MemoryStorage | EtcdStorage,
+        size: int,
+        metrics: Metrics,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._storage = storage
         self._metrics = metrics
         self._clock = clock
-        self.releases = 0  # how many leases were released; what was read before the latest may be outdated
+        self._mutex = threading.Lock()  # owns the two below: by itself, lru_cache gives two threads two entries
+        self._entry = functools.lru_cache(maxsize=size)(_Entry)
+        self._by_lease: weakref.WeakValueDictionary[int, _Entry] = weakref.WeakValueDictionary()
+        self.look, self.list_locks, self.check = storage.look, storage.list_locks, storage.check
+        metrics.sources.append(self._evictions)
 
-    def holder(self, key: str) -> Holder | None:
-        with self._mutex:
-            entry = self._entry(key)
-            lease = entry.lease if entry.ends > self._clock() else 0
-        self._metrics.count_cache("get", "success" if lease else "failure")
-        return Holder(lease, 0) if lease else None
+    def acquire(self, wanted: LockRequest) -> Grant | Holder:
+        """Whoever waits asks the storage each time, and so does a caller that chose its lease: it may be its own."""
+        from_memory = not wanted.wait and not wanted.lease
+        if from_memory and (known := self._known(wanted.key)):
+            return known
+        asked = self._clock()
+        outcome = self._storage.acquire(wanted)
+        if isinstance(outcome, Grant):
+            self._remember(wanted.key, outcome.lease, outcome.token, asked + outcome.ttl)
+        elif from_memory:
+            asked = self._clock()
+            with contextlib.suppress(StorageError):  # the refusal stands without it, and the next one asks again
+                if (found := self._storage.look(wanted.key)) and found.ttl is not None:
+                    self._remember(wanted.key, found.lease, found.token, asked + found.ttl)
+        return outcome
 
-    def remember(self, key: str, lease: int, ends: float, seen: int) -> None:
-        """The lease holds the key until `ends` at least, as read when `releases` was `seen`."""
-        with self._mutex:
-            if seen != self.releases:
-                return
-            entry = self._entry(key)
-            self._by_lease.pop(entry.lease, None)
-            entry.lease, entry.ends = lease, ends
-            self._by_lease[lease] = entry
-        self._metrics.count_cache("set", "success")
-
-    def renewed(self, lease: int, ends: float) -> None:
-        """The lease lasts until `ends` at least."""
+    def renew(self, lease: int) -> int:
+        asked = self._clock()
+        ttl = self._storage.renew(lease)
         with self._mutex:
             if entry := self._by_lease.get(lease):
-                entry.ends = max(entry.ends, ends)
+                entry.ends = max(entry.ends, asked + ttl)
+        if not ttl:
+            self._forget(lease)
+        return ttl
 
-    def released(self, lease: int) -> None:
-        """The lease is gone."""
+    def release(self, lease: int) -> list[str] | None:
+        keys = None
+        try:
+            keys = self._storage.release(lease)
+        finally:  # after a failure nobody knows: the next one asks
+            self._forget(lease, *keys or ())
+        return keys
+
+    def _known(self, key: str) -> Holder | None:
         with self._mutex:
-            self.releases += 1
-            if entry := self._by_lease.pop(lease, None):
-                entry.ends = -math.inf
-        if entry:
-            self._metrics.count_cache("evict", "success")
+            entry = self._entry(key)
+            held = entry.ends > self._clock()
+            holder = Holder(entry.lease, entry.token)
+        self._metrics.count(CACHE, operation="get", status="hit" if held else "expired" if entry.ends > 0 else "miss")
+        return holder if held else None
+
+    def _remember(self, key: str, lease: int, token: int, ends: float) -> None:
+        with self._mutex:
+            entry = self._entry(key)
+            if token < entry.token or lease == entry.ended:
+                return
+            status = "update" if entry.token else "success"
+            self._by_lease.pop(entry.lease, None)
+            entry.lease, entry.token, entry.ends = lease, token, ends
+            self._by_lease[lease] = entry
+        self._metrics.count(CACHE, operation="set", status=status)
+
+    def _forget(self, lease: int, *keys: str) -> None:
+        with self._mutex:
+            entry = self._by_lease.pop(lease, None)
+            for one in [entry] if entry else map(self._entry, keys):
+                one.ended, one.ends = lease, -math.inf
+
+    def _evictions(self) -> dict[str, float]:
+        info = self._entry.cache_info()
+        return {sample(CACHE, operation="evict", status="size_limit"): info.misses - info.currsize}
+
+
+# == Storage in memory: the specification ============================================================================
+
+
+@dataclass
+class _Lock:
+    key: str
+    value: str
+    token: int
+    ttl: int
+    ends: float
+
+
+class MemoryStorage:
+    """A table of locks with a clock, lost with the process: what every storage promises, method by method, with nothing
+    in the way. Keys are without our prefix. Where there is a network, each method may raise StorageError."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._mutex = threading.Lock()  # owns all below
+        self._locks: dict[int, _Lock] = {}  # by lease
+        self._leases: dict[str, int] = {}  # by key
+        self._token = 0
+
+    def acquire(self, wanted: LockRequest) -> Grant | Holder:
+        """Takes the lock, or tells who has it. If the lease in the request holds it already, its ttl starts again.
+
+        Raises BadRequest (409) where that lease holds another key, and, where there is a network, OutcomeUnknown.
+        """
+        with self._mutex:
+            self._forget_ended()
+            held_by = self._leases.get(wanted.key)
+            if held_by and held_by != wanted.lease:
+                return self._holder(held_by)
+            lease = wanted.lease or new_lease_id()
+            if not held_by and lease in self._locks:
+                raise lease_in_use(lease)
+            if not held_by:
+                self._token += 1
+                self._leases[wanted.key] = lease
+                self._locks[lease] = _Lock(wanted.key, wanted.value, self._token, wanted.ttl, 0)
+            return Grant(lease, self._start_ttl(lease), self._locks[lease].token)
+
+    def renew(self, lease: int) -> int:
+        """Starts the lease's ttl again and returns it; 0 where the lease is known to be gone."""
+        with self._mutex:
+            self._forget_ended()
+            return self._start_ttl(lease) if lease in self._locks else 0
+
+    def release(self, lease: int) -> list[str] | None:
+        """Ends the lease and returns the keys that this frees; None where there is nothing of ours to end."""
+        with self._mutex:
+            self._forget_ended()
+            if not (lock := self._locks.pop(lease, None)):
+                return None
+            del self._leases[lock.key]
+            return [lock.key]
+
+    def look(self, key: str) -> Holder | None:
+        """Who holds the key, with its value and ttls; None where it is free."""
+        with self._mutex:
+            self._forget_ended()
+            return self._holder(self._leases[key]) if key in self._leases else None
+
+    def list_locks(self, prefix: str) -> tuple[list[tuple[str, Holder]], bool]:
+        """The first MAX_LOCKS_LISTED keys with this prefix, sorted, and their holders; whether there are more."""
+        with self._mutex:
+            self._forget_ended()
+            keys = sorted(key for key in self._leases if key.startswith(prefix))
+            locks = [(key, self._holder(self._leases[key])) for key in keys[:MAX_LOCKS_LISTED]]
+            return locks, len(keys) > MAX_LOCKS_LISTED
+
+    def check(self) -> None:
+        """Returns if the storage can serve."""
+
+    def _forget_ended(self) -> None:
+        now = self._clock()
+        for lease in [lease for lease, lock in self._locks.items() if lock.ends <= now]:
+            del self._leases[self._locks.pop(lease).key]
+
+    def _start_ttl(self, lease: int) -> int:
+        lock = self._locks[lease]
+        lock.ends = self._clock() + lock.ttl
+        return lock.ttl
+
+    def _holder(self, lease: int) -> Holder:
+        lock = self._locks[lease]
+        return Holder(lease, lock.token, lock.value, int(lock.ends - self._clock()), lock.ttl)
+
+
+def new_lease_id() -> int:
+    """A random positive int64. We choose it, not etcd, so that a grant can be repeated without harm."""
+    return secrets.randbits(63) or 1
+
+
+def lease_in_use(lease: int) -> BadRequest:
+    return BadRequest(f"x-lease-id: in use for something else: {lease}", 409)
+
+
+# == Storage in etcd: the same promises over a network that fails ====================================================
+
+MAX_DOOMED = 10_000  # leases to end in the background; what is over ends with its ttl
+
+
+class EtcdStorage:
+    """Locks in etcd. Every operation is safe to repeat, and is repeated until etcd answers or its time is up."""
+
+    def __init__(self, gateway: Gateway, timeout: float) -> None:
+        self._gateway = gateway
+        self._timeout = timeout  # seconds for one operation, all tries together
+        self._holders = Combiner(gateway.holders, lambda key: part_of_call(len(key)))
+        self._claims = Combiner(gateway.claim, lambda claim: part_of_call(len(claim.key) + len(claim.value)))
+        self._renewals = Combiner(gateway.keep_alive, lambda lease: 1 / MAX_KEEPALIVES)
+        self._doomed: queue.SimpleQueue[tuple[float, int]] = queue.SimpleQueue()  # when it ends, lease
+        threading.Thread(target=self._end_doomed, name="end-leases", daemon=True).start()
+
+    def acquire(self, wanted: LockRequest) -> Grant | Holder:
+        """A read, so that a refusal writes nothing; then a lease of our own, and one transaction that puts the key
+        with it if nobody else has.
+
+        The claim is only sent once the lease is granted, though to send both at once takes 15 % less time: a member
+        that freezes with both may, when it wakes up, take the key once more after its release.
+        """
+        deadline = deadline_after(self._timeout)
+        self._gateway.check_clusters(deadline)
+        holder = self._read(self._holders.ask, wanted.key, deadline)
+        if holder and holder.lease == wanted.lease != 0:  # an earlier try of this caller has taken it
+            if ttl := self._insist(self._renewals.ask, wanted.lease, deadline):
+                return Grant(wanted.lease, ttl, holder.token)
+        elif holder:
+            return holder
+        claim = wanted._replace(lease=wanted.lease or new_lease_id())
+        ttl, made = self._grant(wanted, claim, deadline)
+        # A lease that may end under a slow etcd goes alone: etcd would refuse all that share the call.
+        ask = self._claims.ask if ttl > self._timeout else self._gateway.claim_alone
+        try:
+            winner = self._insist(ask, claim, deadline)
+        except StorageError as fault:
+            unsettled = isinstance(fault, OutcomeUnknown) and bool(wanted.lease)
+            if made and not unsettled and self._end_lease(wanted, claim.lease, ttl, deadline):
+                raise StorageError(str(fault)) from fault  # not unknown: without its lease there is no lock
+            raise
+        if winner.lease == claim.lease:
+            return Grant(claim.lease, ttl, winner.token)
+        if made:
+            self._end_lease(wanted, claim.lease, ttl, deadline)
+        return winner
+
+    def _grant(self, wanted: LockRequest, claim: LockRequest, deadline: float) -> tuple[int, bool]:
+        """The granted ttl of the lease to claim with; whether this request made it, and is to end it if it fails."""
+        try:
+            ttl = self._insist(self._gateway.grant, claim, deadline)
+        except OutcomeUnknown as fault:  # at worst there is a lease without a key
+            if not wanted.lease:
+                self._end_lease(wanted, claim.lease, wanted.ttl, deadline)
+            raise StorageError(str(fault)) from fault
+        if ttl:
+            return ttl, True
+        # It exists: by a try of ours whose answer is lost, or by an earlier request of this caller.
+        found = self._read(self._gateway.time_to_live, claim.lease, deadline)
+        if found and any(key != (KEY_PREFIX + wanted.key).encode() for key in found[2]):
+            raise lease_in_use(claim.lease)
+        if not found or not (ttl := self._insist(self._renewals.ask, claim.lease, deadline)):
+            raise StorageError("the lease ended before it was used")
+        return ttl, not wanted.lease
+
+    def renew(self, lease: int) -> int:
+        return self._insist(self._renewals.ask, lease, deadline_after(self._timeout))
+
+    def release(self, lease: int) -> list[str] | None:
+        """A lease without keys, or with one outside of our prefix, is another tenant's of this etcd."""
+        deadline = deadline_after(self._timeout)
+        _, _, keys = self._read(self._gateway.time_to_live, lease, deadline) or (0, 0, [])
+        if not keys or not all(key.startswith(KEY_PREFIX.encode()) for key in keys):
+            return None
+        self._insist(self._gateway.revoke, lease, deadline)
+        return [key.decode("utf-8", "replace").removeprefix(KEY_PREFIX) for key in keys]
+
+    def look(self, key: str) -> Holder | None:
+        deadline = deadline_after(self._timeout)
+        holder = self._read(self._gateway.look, key, deadline)
+        if not holder or not holder.lease:
+            return holder
+        found = self._read(self._gateway.time_to_live, holder.lease, deadline)
+        # None: it ended between the two questions.
+        return holder._replace(ttl=found[0], granted_ttl=found[1]) if found else None
+
+    def list_locks(self, prefix: str) -> tuple[list[tuple[str, Holder]], bool]:
+        return self._read(self._gateway.list_locks, prefix, deadline_after(self._timeout))
+
+    def check(self) -> None:
+        deadline = deadline_after(self._timeout)
+        self._gateway.check_clusters(deadline)
+        self._read(self._holders.ask, "", deadline)  # within our prefix, and nobody's key
+
+    def _read(self, ask: Callable[[Item, float], Answer], item: Item, deadline: float) -> Answer:
+        """As _insist, for what changes nothing, so that its outcome is never unknown."""
+        try:
+            return self._insist(ask, item, deadline)
+        except OutcomeUnknown as fault:
+            raise StorageError(str(fault)) from fault
+
+    def _insist(self, ask: Callable[[Item, float], Answer], item: Item, deadline: float) -> Answer:
+        """Asks until there is an answer or the deadline; the session picks the member and keeps the pace.
+
+        After a try that may have been applied, only a success settles the outcome: a refusal does not.
+        """
+        unknown: OutcomeUnknown | None = None
+        while True:
+            try:
+                return ask(item, deadline)
+            except StorageError as fault:
+                if isinstance(fault, OutcomeUnknown):
+                    unknown = fault
+                if isinstance(fault, Refused) or time.monotonic() >= deadline:
+                    raise unknown or fault from fault
+
+    def _end_lease(self, wanted: LockRequest, lease: int, ttl: int, deadline: float) -> bool:
+        """Cleans up after an acquire that failed: True if the lease is gone.
+
+        A lease of our own is ended in the background if need be. One that the caller chose gets one try, now: later,
+        a repetition may have been told that it holds the lock.
+        """
+        try:
+            if wanted.lease:
+                self._gateway.revoke(lease, deadline)
+            else:
+                self._insist(self._gateway.revoke, lease, deadline)
+            return True
+        except StorageError:
+            if not wanted.lease and self._doomed.qsize() < MAX_DOOMED:
+                self._doomed.put((time.monotonic() + ttl, lease))
+            return False
+
+    def _end_doomed(self) -> None:
+        """Ends the leases that could not be ended at once, one by one, so that a slow etcd is not made slower."""
+        pause = 1.0
+        while True:
+            ends, lease = self._doomed.get()
+            try:
+                if time.monotonic() < ends:
+                    self._insist(self._gateway.revoke, lease, deadline_after(self._timeout))
+                pause = 1.0
+            except StorageError:  # logged per member, not per try
+                self._doomed.put((ends, lease))
+                time.sleep(pause)
+                pause = min(2 * pause, 5.0)
 
 
 # == Combiner: one call for all that wait ============================================================================
 #
-# A read costs etcd 407 µs of CPU alone and 13 µs as one of 64 in a call. While one is in flight, later callers queue;
-# whoever comes back hands over to the first of them, which makes the next call for all that wait by then, in its own
-# thread. There is no dispatcher thread, and a lone caller pays nothing.
-
-Item = TypeVar("Item")
-Answer = TypeVar("Answer")
-_PENDING = object()
+# A read costs etcd 407 µs of CPU alone and 13 µs as one of 64 in a call. While one call is under way, later callers
+# gather in the batch that is open; when the call is back, one of them makes the next, in its own thread. There is no
+# dispatcher thread, and a lone caller pays nothing.
 
 
-class _Place(Generic[Item]):
-    """A caller in the queue. Its `turn` is released once: when its answer is there, or when it is to make the call."""
+class _Batch(Generic[Item]):
+    """Callers that share a call. The baton goes from one to the next: the first to get it makes the call, and all
+    others find their answers. To wake all at once makes them fight for the interpreter: 15 % fewer requests/s."""
 
-    __slots__ = ("answer", "gone", "item", "next", "turn")
-
-    def __init__(self, item: Item) -> None:
-        self.item = item
-        self.answer: Any = _PENDING
-        self.next: _Place[Item] | None = None  # whom to wake after this one, of those that shared a call
-        self.gone = False  # it gave up waiting for an answer
-        self.turn = threading.Lock()
-        self.turn.acquire()
+    def __init__(self) -> None:
+        self.items: dict[object, Item] = {}  # by caller
+        self.room = 1.0  # of a call, what is not taken up
+        self.answers: dict[object, Any] = {}  # by caller
+        self.started = False
+        self.next: _Batch[Item] | None = None  # gets its baton when this call is back
+        self.baton = threading.Lock()
 
 
 class Combiner(Generic[Item, Answer]):
@@ -1199,298 +1648,71 @@ class Combiner(Generic[Item, Answer]):
     ) -> None:
         self._call = call
         self._share = share
-        self._mutex = threading.Lock()  # owns the queue, the flag, and who is woken or gone
-        self._queue: collections.deque[_Place[Item]] = collections.deque()
-        self._in_flight = False
+        self._mutex = threading.Lock()  # owns which batch is open, who is in it, and who has started
+        self._open: _Batch[Item] = _Batch()  # later callers join it; only while no call is under way is its baton free
 
     def ask(self, item: Item, deadline: float) -> Answer:
         """The answer to this item, by `deadline` (time.monotonic). Raises StorageError."""
-        mine = _Place(item)
-        with self._mutex:
-            self._queue.append(mine)
-            leads, self._in_flight = not self._in_flight, True
-        if not leads:
-            self._await_turn(mine, deadline)
+        me = object()
+        batch = self._join(me, item)
+        if not batch.baton.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            self._give_up(me, batch)
         try:
-            if mine.answer is _PENDING:
-                self._lead(deadline)
+            if not batch.started:
+                self._lead(batch, deadline)
         finally:
-            # Each wakes the next: waking all at once makes them fight for the interpreter, 15 % fewer requests/s.
-            self._wake(mine.next)
-        if isinstance(mine.answer, StorageError):
+            batch.baton.release()
+        answer: Answer | StorageError = batch.answers[me]
+        if isinstance(answer, Refused) and len(batch.items) > 1:  # another item may be to blame
+            [answer] = self._call([item], deadline)
+        if isinstance(answer, StorageError):
             # A copy, since an exception that several threads raise collects the tracebacks of all.
-            raise copy.copy(mine.answer) from mine.answer
-        answer: Answer = mine.answer
+            raise copy.copy(answer) from answer
         return answer
 
-    def _await_turn(self, mine: _Place[Item], deadline: float) -> None:
-        if mine.turn.acquire(timeout=max(0.0, deadline - time.monotonic())):
-            return
+    def _join(self, me: object, item: Item) -> _Batch[Item]:
+        share = self._share(item)
         with self._mutex:
-            if mine.turn.acquire(blocking=False):  # it came in this very moment
+            if self._open.items and self._open.room < share:
+                self._open_next()
+            self._open.room -= share
+            self._open.items[me] = item
+            return self._open
+
+    def _open_next(self) -> None:
+        """The caller holds the mutex."""
+        batch: _Batch[Item] = _Batch()
+        batch.baton.acquire()
+        self._open.next = self._open = batch
+
+    def _give_up(self, me: object, batch: _Batch[Item]) -> None:
+        """Returns if the baton came in this very moment. Raises StorageError, after the call's start OutcomeUnknown."""
+        with self._mutex:
+            if batch.baton.acquire(blocking=False):
                 return
-            if mine in self._queue:
-                self._queue.remove(mine)
-                raise Unavailable("timed out behind others that wait for etcd")
-            mine.gone = True
-        raise OutcomeUnknown("timed out while etcd was asked")
+            if batch.started:
+                raise OutcomeUnknown("timed out while etcd was asked")
+            del batch.items[me]
+        raise StorageError("timed out behind others that wait for etcd")
 
-    def _wake(self, place: _Place[Item] | None) -> None:
+    def _lead(self, batch: _Batch[Item], deadline: float) -> None:
+        """Makes the call of this batch, and then lets the next one start."""
         with self._mutex:
-            while place and place.gone:
-                place = place.next
-            if place:
-                place.turn.release()
-
-    def _lead(self, deadline: float) -> None:
-        """Makes one call, for the head of the queue and all that fit in with it."""
-        with self._mutex:
-            batch = self._take()
-        answered: Iterable[tuple[_Place[Item], Answer | StorageError]] = [
-            (place, OutcomeUnknown("the call that it shared broke off")) for place in batch
-        ]
+            batch.started = True
+            if batch is self._open:
+                self._open_next()
+        batch.answers = dict.fromkeys(batch.items, OutcomeUnknown("the call that it shared broke off"))
         try:
-            answered = list(zip(batch, self._answers([place.item for place in batch], deadline), strict=True))
+            answers = self._call(list(batch.items.values()), deadline)
+            batch.answers = dict(zip(batch.items, answers, strict=True))
+        except StorageError as fault:
+            batch.answers = dict.fromkeys(batch.items, fault)
         finally:  # whatever happened, nobody is left waiting
-            for (place, answer), following in zip(answered, [*batch[1:], None], strict=True):
-                place.answer, place.next = answer, following
             with self._mutex:
-                self._in_flight = bool(self._queue)
-                if self._queue:
-                    self._queue[0].turn.release()
-
-    def _take(self) -> list[_Place[Item]]:
-        batch = [self._queue.popleft()]
-        room = 1 - self._share(batch[0].item)
-        while self._queue and (room := room - self._share(self._queue[0].item)) >= 0:
-            batch.append(self._queue.popleft())
-        return batch
-
-    def _answers(self, items: list[Item], deadline: float) -> Sequence[Answer | StorageError]:
-        try:
-            return self._call(items, deadline)
-        except Refused as fault:
-            if len(items) == 1:
-                return [fault]
-            # One of them made etcd refuse the whole: its lease has run out, or its key is too large.
-            return [answer for item in items for answer in self._answers([item], deadline)]
-        except StorageError as fault:
-            return [fault] * len(items)
-
-
-# == Storage in memory: the specification ============================================================================
-
-
-@dataclass
-class _Lock:
-    key: str
-    value: bytes
-    token: int
-    ttl: int
-    ends: float
-
-
-class MemoryStorage:
-    """A table of locks with a clock: what Storage promises, method by method, with nothing in the way. Lost with the
-    process."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._mutex = threading.Lock()  # owns all below
-        self._locks: dict[int, _Lock] = {}  # by lease
-        self._leases: dict[str, int] = {}  # by key
-        self._expiries: list[tuple[float, int]] = []  # a heap: no lease ends before the time that stands here
-        self._revision = 0
-
-    def acquire(self, key: str, value: str, ttl: int) -> Grant | Holder:
-        with self._mutex:
-            self._expire()
-            if held_by := self._leases.get(key):
-                return Holder(held_by, self._locks[held_by].token)
-            lease = new_lease_id()
-            self._revision += 1
-            ends = self._clock() + ttl
-            self._locks[lease] = _Lock(key, value.encode(), self._revision, ttl, ends)
-            self._leases[key] = lease
-            heapq.heappush(self._expiries, (ends, lease))
-            return Grant(lease, ttl, self._revision)
-
-    def look(self, key: str) -> Holder | None:
-        with self._mutex:
-            self._expire()
-            lease = self._leases.get(key)
-            return Holder(lease, self._locks[lease].token, self._locks[lease].value) if lease else None
-
-    def describe(self, lease: int) -> LeaseInfo | None:
-        with self._mutex:
-            self._expire()
-            lock = self._locks.get(lease)
-            return LeaseInfo(int(lock.ends - self._clock()), lock.ttl) if lock else None
-
-    def renew(self, lease: int) -> int:
-        with self._mutex:
-            self._expire()
-            if not (lock := self._locks.get(lease)):
-                return 0
-            lock.ends = self._clock() + lock.ttl
-            return lock.ttl
-
-    def release(self, lease: int) -> list[str] | None:
-        with self._mutex:
-            self._expire()
-            if not (lock := self._locks.pop(lease, None)):
-                return None
-            del self._leases[lock.key]
-            if len(self._expiries) > 2 * len(self._locks):  # half of them have been released: forget those, too
-                self._expiries = [(lock.ends, lease) for lease, lock in self._locks.items()]
-                heapq.heapify(self._expiries)
-            return [lock.key]
-
-    def check(self) -> None:
-        pass
-
-    def _expire(self) -> None:
-        """Forgets what has ended, and puts renewed leases back with their new time. The caller holds the mutex."""
-        now = self._clock()
-        while self._expiries and self._expiries[0][0] <= now:
-            _, lease = heapq.heappop(self._expiries)
-            lock = self._locks.get(lease)
-            if lock and lock.ends > now:
-                heapq.heappush(self._expiries, (lock.ends, lease))
-            elif lock:
-                del self._locks[lease], self._leases[lock.key]
-
-
-def new_lease_id() -> int:
-    """A random positive int64. We choose it, not etcd, so that a grant can be repeated without harm."""
-    return secrets.randbits(63) or 1
-
-
-# == Storage in etcd: the same promises over a network that fails ====================================================
-
-Argument = TypeVar("Argument")
-
-
-class EtcdStorage:
-    """Locks in etcd. Every operation is safe to repeat, and is repeated until etcd answers or its time is up."""
-
-    def __init__(self, gateway: Gateway, timeout: float) -> None:
-        self._gateway = gateway
-        self._timeout = timeout  # seconds for one operation, all tries together
-        self._holders = Combiner(gateway.holders, lambda key: _part_of_call(len(key)))
-        self._claims = Combiner(gateway.claim, lambda claim: _part_of_call(len(claim.key) + len(claim.value)))
-        self._renewals = Combiner(gateway.keep_alive, lambda lease: 1 / MAX_KEEPALIVES)
-        self._mutex = threading.Lock()  # owns the two below
-        self._doomed: collections.deque[tuple[float, int]] = collections.deque(maxlen=10_000)  # when it ends, lease
-        self._ending = False  # a thread ends them
-
-    def acquire(self, key: str, value: str, ttl: int) -> Grant | Holder:
-        """A read, so that a refusal writes nothing; then a lease of our own, and one transaction that puts the key
-        with it if nobody else has.
-
-        The claim is only sent once the lease is granted, though to send both at once takes 15 % less time: a member
-        that freezes with both may, when it wakes up, take the key once more after its release.
-        """
-        deadline = deadline_after(self._timeout)
-        if holder := self._read(self._holders.ask, key, deadline):
-            return holder
-        lease = new_lease_id()
-        try:
-            granted = self._insist(self._gateway.grant, (lease, ttl), deadline)
-        except OutcomeUnknown as fault:  # at worst there is a lease without a key
-            self._end_lease(lease, ttl, deadline)
-            raise Unavailable(str(fault)) from fault
-        try:
-            holder = self._insist(self._claims.ask, Claim(key, value, lease), deadline)
-        except StorageError as fault:
-            if self._end_lease(lease, granted, deadline):
-                raise Unavailable(str(fault)) from fault  # not unknown: without its lease there is no lock
-            raise
-        if holder.lease == lease:
-            return Grant(lease, granted, holder.token)
-        self._end_lease(lease, granted, deadline)
-        return holder
-
-    def look(self, key: str) -> Holder | None:
-        return self._read(self._gateway.look, key, deadline_after(self._timeout))
-
-    def describe(self, lease: int) -> LeaseInfo | None:
-        return self._read(self._gateway.time_to_live, lease, deadline_after(self._timeout))
-
-    def renew(self, lease: int) -> int:
-        return self._insist(self._renewals.ask, lease, deadline_after(self._timeout))
-
-    def release(self, lease: int) -> list[str] | None:
-        """A lease with a key outside of our prefix is another tenant's of this etcd, Kubernetes' say, and stays."""
-        deadline = deadline_after(self._timeout)
-        info = self._read(self._gateway.time_to_live, lease, deadline)
-        prefix = KEY_PREFIX.encode()
-        if info is None or not all(key.startswith(prefix) for key in info.keys):
-            return None
-        self._insist(self._gateway.revoke, lease, deadline)
-        return [key.removeprefix(prefix).decode("utf-8", "replace") for key in info.keys]
-
-    def check(self) -> None:
-        nobody_locks_this = ""  # and it is within our prefix
-        self._read(self._holders.ask, nobody_locks_this, deadline_after(self._timeout))
-
-    def _read(self, ask: Callable[[Argument, float], Answer], argument: Argument, deadline: float) -> Answer:
-        """As _insist, for what changes nothing, so that its outcome is never unknown."""
-        try:
-            return self._insist(ask, argument, deadline)
-        except OutcomeUnknown as fault:
-            raise Unavailable(str(fault)) from fault
-
-    def _insist(self, ask: Callable[[Argument, float], Answer], argument: Argument, deadline: float) -> Answer:
-        """Asks until there is an answer or the deadline; the session picks the member and keeps the pace.
-
-        After a try that may have been applied, only a success settles the outcome: a refusal does not.
-        """
-        unknown: OutcomeUnknown | None = None
-        while True:
-            try:
-                return ask(argument, deadline)
-            except Refused as fault:
-                raise unknown or fault from fault
-            except StorageError as fault:
-                if isinstance(fault, OutcomeUnknown):
-                    unknown = fault
-                if time.monotonic() >= deadline:
-                    raise unknown or fault from fault
-
-    def _end_lease(self, lease: int, ttl: int, deadline: float) -> bool:
-        """Cleans up after an acquire that failed: True if the lease is gone. Otherwise, more tries follow in the
-        background until it has ended by itself."""
-        try:
-            self._insist(self._gateway.revoke, lease, deadline)
-            return True
-        except StorageError:
-            with self._mutex:
-                self._doomed.append((time.monotonic() + ttl, lease))
-                start, self._ending = not self._ending, True
-            if start:
-                threading.Thread(target=self._end_doomed, daemon=True).start()
-            return False
-
-    def _end_doomed(self) -> None:
-        """Ends the leases that could not be ended at once, one by one, so that a slow etcd is not made slower."""
-        pause = 1.0
-        while True:
-            with self._mutex:
-                if not self._doomed:
-                    self._ending = False
-                    return
-                ends, lease = self._doomed.popleft()
-            if time.monotonic() >= ends:
-                continue
-            try:
-                self._insist(self._gateway.revoke, lease, deadline_after(self._timeout))
-                pause = 1.0
-            except StorageError:  # logged per member, not per try
-                with self._mutex:
-                    self._doomed.append((ends, lease))
-                time.sleep(pause)
-                pause = min(2 * pause, 5.0)
+                following = cast("_Batch[Item]", batch.next)
+                while not following.items and following.next:  # all of them gave up
+                    following = following.next
+                following.baton.release()
 
 
 # == Gateway: etcd's JSON gateway, in our words ======================================================================
@@ -1498,21 +1720,12 @@ class EtcdStorage:
 # Base64 and int64-as-text stop here. etcd's answers leave out fields that are zero, false or empty, and etcd ignores
 # fields that it does not know: a typo in a compare would compare something else.
 
-
-class Claim(NamedTuple):
-    """What an acquire asks for: to put the key and value with a lease that was granted before."""
-
-    key: str
-    value: str
-    lease: int
-
-
 MAX_OPERATIONS = 64  # in one transaction; etcd allows 128, nested ones counted in
 MAX_BATCH_BYTES = 256 << 10  # of keys and values in one call; base64 adds a third, and etcd's limit is 1.5 MiB
-MAX_KEEPALIVES = 64  # lines of 26 bytes in one POST: see _LINES_LEAD
+MAX_KEEPALIVES = 64  # lines of 26 bytes in one POST: see _BLANKS
 
 
-def _part_of_call(size: int) -> float:
+def part_of_call(size: int) -> float:
     """The part of a transaction that an operation with `size` characters takes up; each is at most 4 bytes."""
     return max(1 / MAX_OPERATIONS, size * 4 / MAX_BATCH_BYTES)
 
@@ -1520,8 +1733,13 @@ def _part_of_call(size: int) -> float:
 class Gateway:
     """Calls to etcd's API. Each raises StorageError if it has no answer by `deadline` (time.monotonic)."""
 
-    def __init__(self, client: Any) -> None:
-        self._client = client  # an etcd3gw.Etcd3Client over an EtcdSession
+    def __init__(self, members: Members) -> None:
+        """Needs the package etcd3gw."""
+        import etcd3gw  # only here, so that the file runs without any package on the mock
+
+        client = etcd3gw.Etcd3Client(session=cast(Any, members), api_path="/v3/")
+        self.check_clusters = members.check_clusters
+        self._post = client.post
         self._url = functools.cache(client.get_url)
 
     def holders(self, keys: list[str], deadline: float) -> list[Holder | None]:
@@ -1529,110 +1747,133 @@ class Gateway:
         distinct = list(dict.fromkeys(keys))
         reads = [{"key": _key64(key), "keys_only": True} for key in distinct]
         if len(reads) == 1:  # 20 µs less than a transaction of one
-            answers = [self._post("/kv/range", reads[0], deadline)]
+            answers = [self._post(self._url("/kv/range"), json=reads[0], deadline=deadline)]
         else:
-            answer = self._post("/kv/txn", {"success": [{"request_range": read} for read in reads]}, deadline)
-            answers = [response["response_range"] for response in answer["responses"]]
-        by_key = dict(zip(distinct, map(_holder, answers), strict=True))
+            answers = self._transact("range", reads, deadline)["responses"]
+        by_key = {key: _first_holder(answer) for key, answer in zip(distinct, answers, strict=True)}
         return [by_key[key] for key in keys]
 
     def look(self, key: str, deadline: float) -> Holder | None:
-        return _holder(self._post("/kv/range", {"key": _key64(key)}, deadline))
+        return _first_holder(self._post(self._url("/kv/range"), json={"key": _key64(key)}, deadline=deadline))
 
-    def grant(self, wish: tuple[int, int], deadline: float) -> int:
-        """Makes a lease with this (ID, ttl) and returns the ttl that was granted. It may be repeated."""
-        lease, ttl = wish
+    def list_locks(self, prefix: str, deadline: float) -> tuple[list[tuple[str, Holder]], bool]:
+        """The first keys with this prefix, and whether there are more; one linearizable read."""
+        first = (KEY_PREFIX + prefix).encode()
+        end = first[:-1] + bytes([first[-1] + 1])  # never over 0xff, which UTF-8 does not have
+        read = {"key": _base64(first), "range_end": _base64(end), "limit": MAX_LOCKS_LISTED}
+        answer = self._post(self._url("/kv/range"), json=read, deadline=deadline)
+        keys = [base64.b64decode(kv["key"]).decode("utf-8", "replace") for kv in answer.get("kvs", ())]
+        holders = map(_holder, answer.get("kvs", ()))
+        named = zip((key.removeprefix(KEY_PREFIX) for key in keys), holders, strict=True)
+        return list(named), bool(answer.get("more"))
+
+    def grant(self, wanted: LockRequest, deadline: float) -> int:
+        """Makes the lease and returns the ttl that was granted; 0 where it exists already."""
+        self.check_clusters(deadline)
+        lease = {"ID": wanted.lease, "TTL": wanted.ttl}
         try:
-            return int(self._post("/lease/grant", {"ID": lease, "TTL": ttl}, deadline)["TTL"])
+            return int(self._post(self._url("/lease/grant"), json=lease, deadline=deadline)["TTL"])
         except Refused as fault:
             if "lease already exists" not in str(fault):
                 raise
-        # An earlier try was applied, since the ID is random and ours. Its answer is lost, so we ask for the ttl.
-        info = self.time_to_live(lease, deadline)
-        if info is None:
-            raise Refused("the lease ended before it was used")
-        return info.granted
+            return 0
 
-    def claim(self, claims: list[Claim], deadline: float) -> list[Holder | StorageError]:
-        """Puts each key that nobody holds, and tells who holds it then. It may be repeated: whoever finds its own
-        lease there has the key. etcd refuses to put a key twice in one transaction, so of two claims for one key only
-        the first is sent, and the second gets its answer.
+    def claim(self, claims: list[LockRequest], deadline: float) -> list[Holder | StorageError]:
+        """Puts each key that nobody holds with its lease, and tells who holds it then. It may be repeated: whoever
+        finds its own lease there has the key. etcd refuses to put a key twice in one transaction, so of two claims for
+        one key only the first is sent, and the second gets its answer.
 
         Who holds a key that was not put is read afterwards: as a branch of the transaction it cost every acquire 8 %.
         """
         distinct = {claim.key: claim for claim in reversed(claims)}
-        txns = [_claim_txn(claim) for claim in distinct.values()]
-        if len(txns) == 1:
-            answer = self._post("/kv/txn", txns[0], deadline)
-            answers = [answer]
-        else:
-            answer = self._post("/kv/txn", {"success": [{"request_txn": txn} for txn in txns]}, deadline)
-            answers = [response["response_txn"] for response in answer["responses"]]
+        answer = self._transact("txn", [_claim_txn(claim) for claim in distinct.values()], deadline)
         token = int(answer["header"]["revision"])
         outcomes: dict[str, Holder | StorageError] = {
             claim.key: Holder(claim.lease, token)
-            for claim, txn in zip(distinct.values(), answers, strict=True)
-            if txn.get("succeeded")
+            for claim, response in zip(distinct.values(), answer["responses"], strict=True)
+            if response.get("succeeded")
         }
-        lost = [key for key in distinct if key not in outcomes]
-        if lost:
+        if lost := [key for key in distinct if key not in outcomes]:
             try:
                 found = zip(lost, self.holders(lost, deadline), strict=True)
-                outcomes |= {key: holder or Unavailable("released in this very moment") for key, holder in found}
+                outcomes |= {key: holder or StorageError("released in this very moment") for key, holder in found}
             except StorageError as fault:  # among the lost may be one that an earlier try has won
                 outcomes |= dict.fromkeys(lost, OutcomeUnknown(str(fault)))
         return [outcomes[claim.key] for claim in claims]
 
+    def claim_alone(self, claim: LockRequest, deadline: float) -> Holder:
+        [outcome] = self.claim([claim], deadline)
+        if isinstance(outcome, StorageError):
+            raise outcome
+        return outcome
+
     def keep_alive(self, leases: list[int], deadline: float) -> list[int | StorageError]:
         """The renewed ttl of each lease, 0 where it is gone. Answers are matched by ID, since some may be missing."""
-        answers = self._post("/lease/keepalive", [{"ID": lease} for lease in dict.fromkeys(leases)], deadline)
-        results = [answer["result"] for answer in answers if "result" in answer]
-        ttls = {int(result.get("ID", 0)): max(0, int(result.get("TTL", 0))) for result in results}
-        cut_short = Unavailable("etcd cut its answer short")
+        url, lines = self._url("/lease/keepalive"), [{"ID": lease} for lease in dict.fromkeys(leases)]
+        ttls = _ttls(self._post(url, json=lines, deadline=deadline, doubtful=lambda said: 0 in _ttls(said).values()))
+        cut_short = StorageError("etcd cut its answer short")
         return [ttls.get(lease, cut_short) for lease in leases]
 
-    def time_to_live(self, lease: int, deadline: float) -> LeaseInfo | None:
-        answer = self._post("/lease/timetolive", {"ID": lease, "keys": True}, deadline)
-        left = int(answer.get("TTL", 0))
-        keys = tuple(map(base64.b64decode, answer.get("keys", ())))
-        return LeaseInfo(left, int(answer.get("grantedTTL", 0)), keys) if left >= 0 else None
+    def time_to_live(self, lease: int, deadline: float) -> tuple[int, int, list[bytes]] | None:
+        """Of a live lease: seconds left, seconds granted, and the keys attached to it, with our prefix or another."""
+        url, wanted = self._url("/lease/timetolive"), {"ID": lease, "keys": True}
+        answer = self._post(url, json=wanted, deadline=deadline, doubtful=lambda said: int(said.get("TTL", 0)) < 0)
+        left, granted = int(answer.get("TTL", 0)), int(answer.get("grantedTTL", 0))
+        return (left, granted, list(map(base64.b64decode, answer.get("keys", ())))) if left >= 0 else None
 
     def revoke(self, lease: int, deadline: float) -> None:
         """Ends the lease; one that is gone already is as good. A claim with it that is still under way will fail."""
         try:
-            self._post("/lease/revoke", {"ID": lease}, deadline)
+            self._post(self._url("/lease/revoke"), json={"ID": lease}, deadline=deadline)
         except Refused as fault:
             if fault.code != GRPC_NOT_FOUND:
                 raise
 
-    def _post(self, path: str, payload: Any, deadline: float) -> Any:
-        return self._client.post(self._url(path), json=payload, deadline=deadline)
+    def _transact(self, kind: str, operations: list[dict[str, Any]], deadline: float) -> dict[str, Any]:
+        """The operations, ranges or txns, in one transaction; `responses` are theirs. A txn alone goes as it is."""
+        alone = kind == "txn" and len(operations) == 1
+        txn = operations[0] if alone else {"success": [{f"request_{kind}": operation} for operation in operations]}
+        answer: dict[str, Any] = self._post(self._url("/kv/txn"), json=txn, deadline=deadline)
+        responses = [answer] if alone else [response[f"response_{kind}"] for response in answer["responses"]]
+        return {"header": answer["header"], "responses": responses}
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
 
 
 def _key64(key: str) -> str:
-    return base64.b64encode((KEY_PREFIX + key).encode()).decode()
+    return _base64((KEY_PREFIX + key).encode())
 
 
-def _claim_txn(claim: Claim) -> dict[str, Any]:
+def _claim_txn(claim: LockRequest) -> dict[str, Any]:
     """If the key does not exist (create_revision 0), put it with the lease."""
-    key = _key64(claim.key)
-    value = base64.b64encode(claim.value.encode()).decode()
+    key, value = _key64(claim.key), _base64(claim.value.encode())
     return {
         "compare": [{"key": key, "target": "CREATE", "create_revision": 0}],
         "success": [{"request_put": {"key": key, "value": value, "lease": claim.lease}}],
     }
 
 
-def _holder(response: dict[str, Any]) -> Holder | None:
+def _first_holder(answer: dict[str, Any]) -> Holder | None:
     """The holder in a RangeResponse for one key."""
-    if not response.get("kvs"):
-        return None
-    kv = response["kvs"][0]
-    return Holder(int(kv.get("lease", 0)), int(kv["create_revision"]), base64.b64decode(kv.get("value", "")))
+    return _holder(answer["kvs"][0]) if answer.get("kvs") else None
+
+
+def _holder(kv: dict[str, Any]) -> Holder:
+    value = base64.b64decode(kv.get("value", "")).decode("utf-8", "replace")
+    return Holder(int(kv.get("lease", 0)), int(kv["create_revision"]), value)
+
+
+def _ttls(answers: list[dict[str, Any]]) -> dict[int, int]:
+    """The ttl of each lease in the answers to a keepalive; 0: not found."""
+    results = [answer["result"] for answer in answers if "result" in answer]
+    return {int(result.get("ID", 0)): max(0, int(result.get("TTL", 0))) for result in results}
 
 
 GRPC_NOT_FOUND = 5
 GRPC_UNAVAILABLE = 14
+GRPC_UNAUTHENTICATED = 16
 # Codes that mean that nothing was applied, whichever member says it: invalid argument, not found, already exists,
 # permission denied, resource exhausted, failed precondition, out of range, unimplemented, unauthenticated.
 GRPC_REFUSALS = frozenset({3, 5, 6, 7, 8, 9, 11, 12, 16})
@@ -1650,242 +1891,291 @@ def classify(status: int, text: str) -> StorageError:
         code = int(detail.get("grpc_code", detail.get("code")))
         message = str(detail.get("message") or detail.get("error"))
     except (ValueError, TypeError, AttributeError):
-        return _classify_plain(status, " ".join(text.split()))
+        return _classify_plain(status, f"HTTP {status}: {quote(' '.join(text.split()))}")
     if code in GRPC_REFUSALS:
         return Refused(message, code)
     if code == GRPC_UNAVAILABLE and "no leader" in message:
-        return Unavailable(message)  # thanks to our header hasleader, before anything was done
+        return StorageError(message)  # thanks to our header hasleader, before anything was done
     return OutcomeUnknown(message)  # timed out, leader changed, not a primary lessor, and anything else
 
 
-def _classify_plain(status: int, text: str) -> StorageError:
-    shown = f"HTTP {status}: {quote(text)}"
-    if "CommonName" in text:
-        return Unavailable(f"{shown}: with etcd's auth enabled, the client certificate must have no CommonName")
+def _classify_plain(status: int, said: str) -> StorageError:
+    if "CommonName" in said:
+        return StorageError(f"{said}: with etcd's auth enabled, the client certificate must have no CommonName")
     if status == 404:
-        return Unavailable(f"{shown}: is the gateway on (--enable-grpc-gateway), and is this etcd?")
-    return Unavailable(shown) if 400 <= status < 500 else OutcomeUnknown(shown)
+        return StorageError(f"{said}: is the gateway on (--enable-grpc-gateway), and is this etcd?")
+    return StorageError(said) if 400 <= status < 500 else OutcomeUnknown(said)
 
 
 # == Members: which one to ask, over which connection ================================================================
 
+PAUSE_SECONDS = 0.1  # between two tries of one member that failed
+WATCH_SECONDS = 1.0  # between two looks at a member, and between two log-ins that are refused
+MAX_IDLE = 256  # connections kept open to one member
+MAX_ANSWER_BYTES = 16 << 20  # most are below 1 MiB, but a lease of another tenant may have many keys
+READ = ("POST /v3/kv/range", {"key": _key64("")})  # linearizable, within our prefix, and nobody's key
+
 
 class Member:
-    """A member of etcd: its idle connections, and what is wrong with it (`fault`; None: it is well)."""
+    """A member of etcd at one address: its idle connections, and its health as it was last seen."""
 
-    def __init__(self, address: Address, tls: bool) -> None:
-        self.address = address
-        self.tls = tls
+    def __init__(self, endpoint: Address, host: str, name: str) -> None:
+        self.endpoint, self.name = endpoint, name
+        self.host = host  # an IP address; empty while the endpoint's name has none
         self.idle: list[Wire] = []  # append and pop are atomic; the most recently used is taken first
-        self.fault: str | None = None
+        self.cluster = ""  # the ID of its cluster; empty: it never answered
+        self.fault: str | None = None  # None: it is well
         self.failed_at = -math.inf
-        self.watched = False  # a thread checks on it until it is well
-        self.headers = (
-            f" HTTP/1.1\r\nHost: {address}\r\nContent-Type: application/json\r\n"
-            # Without a leader a member says so at once, and certainly has not applied the call (etcd-io/etcd 10819).
-            "Grpc-Metadata-hasleader: true\r\nContent-Length: "
-        ).encode()
+        self.errors = 0
+        # Without a leader a member says so at once, and certainly has not applied the call (etcd-io/etcd 10819).
+        self.headers = f"Host: {endpoint}\r\nContent-Type: application/json\r\nGrpc-Metadata-hasleader: true\r\n"
 
     def __str__(self) -> str:
-        return f"{'https' if self.tls else 'http'}://{self.address}"
+        return self.name
 
 
-class Reply(NamedTuple):
-    """What etcd3gw looks at in an answer of 200; for any other, EtcdSession raises an error itself."""
+class Members:
+    """The session under etcd3gw: kept connections to all members of etcd, and one that is well for each call.
 
-    payload: Any
-    status_code: int = 200
-
-    def json(self) -> Any:
-        return self.payload
-
-
-PAUSE_SECONDS = 0.1  # between two tries of one member that failed
-MAX_IDLE = 256  # connections kept open to one member
-WATCH_SECONDS = 1.0  # between two checks of a sick member
-
-
-class EtcdSession:
-    """The session under etcd3gw: kept connections to all members, and one that is well for each call.
-
-    The first member serves until it fails. Then it is sick: it becomes the last, and is checked in the background
-    until it is well. While all are sick they are tried in turn. (requests, etcd3gw's own session, costs 0.7 ms of CPU
-    a call instead of 0.08, and knows one endpoint.)
+    The first member serves until it fails; then it becomes the last. Each address of an endpoint's name is a member. A
+    thread an endpoint looks after its members, off the way of any request. (requests, etcd3gw's own session, costs
+    0.7 ms of CPU a call instead of 0.08, and knows one endpoint.)
     """
 
-    def __init__(self, config: Config) -> None:
-        self._config = config
-        members = [Member(a, config.etcd_tls if a.tls is None else a.tls) for a in config.etcd_addr_list]
-        random.shuffle(members)  # so that replicas that start together do not all begin with the same
-        # Only a timeout gives a frozen member away, so a try gets a share of the time: enough for all, and one twice.
-        self._share_seconds = config.etcd_timeout / (len(members) + 1)
+    def __init__(self, config: Config, metrics: Metrics) -> None:
+        """Raises ConfigError."""
+        self._timeout = config.etcd_timeout
+        self._endpoints = [one._replace(tls=config.etcd_tls or bool(one.tls)) for one in config.etcd_addr_list]
+        files = ("ca_cert_path", "client_cert_path", "client_key_path") if config.etcd_tls else ()
+        needs_tls = any(one.tls for one in self._endpoints)
+        self._tls = tls_context(config, ssl.Purpose.SERVER_AUTH, *files) if needs_tls else None
+        self._login = Login(config.etcd_username, config.etcd_password)
         self._mutex = threading.Lock()  # owns the order of members and the fields about their health
-        self._members = members
+        self._members: list[Member] = []
+        self._cluster = ""  # the ID of the cluster that is used
+        self._unseen = set(self._endpoints)  # whose members have not been looked at yet
+        self._first_looks_end = time.monotonic() + self._timeout / 2
+        metrics.sources.append(self._samples)
+        for endpoint in self._endpoints:
+            threading.Thread(target=self._watch, args=(endpoint,), name=f"watch-{endpoint}", daemon=True).start()
 
-    def start(self) -> None:
-        """Checks every member in the background, so that the log tells at once what is wrong."""
-        for member in self._members:
-            member.watched = True
-            threading.Thread(target=self._watch, args=(member,), daemon=True).start()
-
-    def post(self, url: str, *, json: Any, timeout: float | None, deadline: float) -> Reply:
+    def post(
+        self, url: str, *, json: Any, deadline: float, timeout: object = None,
+        doubtful: Callable[[Any], bool] = lambda answer: False,
+    ) -> types.SimpleNamespace:  # fmt: skip
         """One try on one member; a list is sent as JSON lines. The host in `url` and `timeout` are etcd3gw's, and
-        unused. Raises Refused, Unavailable or OutcomeUnknown."""
-        return self._ask(self._pick(deadline), "/" + url.split("/", 3)[3], json, deadline)
+        unused. Raises StorageError, Refused or OutcomeUnknown.
+
+        An answer that is `doubtful` is only believed after a linearizable read on the same member: one that was frozen
+        says for some milliseconds that leases are gone which are alive.
+        """
+        member, request = self._pick(deadline), f"POST /{url.split('/', 3)[3]}"
+        if member.cluster != self._cluster:  # look at a stranger before the first write to it
+            self._call(member, *READ, deadline)
+        answer = self._call(member, request, json, deadline)
+        if doubtful(answer):
+            self._call(member, *READ, deadline)
+            answer = self._call(member, request, json, deadline)
+        return types.SimpleNamespace(status_code=200, json=lambda: answer)  # all that etcd3gw looks at
+
+    def check_clusters(self, deadline: float) -> None:
+        """Returns if a lock may be granted: all members were looked at once, and are of one cluster. Two replicas that
+        begin with members of two would lend one lock twice. Raises StorageError."""
+        while self._unseen and time.monotonic() < min(deadline, self._first_looks_end):
+            time.sleep(0.01)
+        known = {member.cluster: str(member) for member in self._members if member.cluster}
+        if len(known) > 1:
+            raise StorageError(f"members of two clusters are listed: {', '.join(known.values())}")
 
     def _pick(self, deadline: float) -> Member:
-        """The first that is well; while none is, each in turn, with a pause between two tries of one."""
+        """The first. If that has just failed, all have: then with a pause between two tries of one."""
         while True:
-            for member in self._members:
-                if member.fault is None:
-                    return member
-            member = min(self._members, key=lambda member: member.failed_at)
-            pause = min(member.failed_at + PAUSE_SECONDS, deadline) - time.monotonic()
-            if time.monotonic() >= deadline:
-                raise Unavailable(f"{member}: {member.fault}")
-            if pause <= 0:
-                return member
-            time.sleep(pause)
+            first, now = next(iter(self._members), None), time.monotonic()
+            if first and (first.fault is None or first.failed_at + PAUSE_SECONDS <= now < deadline):
+                return first
+            if now >= deadline:
+                raise StorageError(f"{first}: {first.fault}" if first else "no address of etcd is known yet")
+            time.sleep(min(PAUSE_SECONDS / 4, deadline - now))
 
-    def _ask(self, member: Member, path: str, payload: Any, deadline: float) -> Reply:
-        now = time.monotonic()
-        if now >= deadline:
-            raise Unavailable(f"{member}: no time was left to ask it")
-        share_ends = now + self._share_seconds
+    def _call(self, member: Member, request: str, payload: Any, deadline: float) -> Any:
+        """The answer of this member, which may take a share of the time: only a timeout gives a frozen one away."""
+        share_ends = time.monotonic() + self._timeout / (len(self._members) + 1)
+        until, login = min(share_ends, deadline), self._login.header
         try:
-            status, text = self._exchange(member, path, _to_lines(payload), min(share_ends, deadline))
-            if status != 200:
-                raise classify(status, text)
-            answer = _from_lines(text) if isinstance(payload, list) else _from_json(text)
-        except Refused as fault:  # it is well enough to say no
-            raise Refused(f"{member}: {fault}", fault.code) from fault
-        except Stale as fault:
-            raise Stale(f"{member}: {fault}") from fault
-        except (StorageError, ValueError) as fault:
+            answer = self._exchange(member, request, payload, until)
+            self._note_answer(member, answer)
+        except StorageError as fault:
+            if self._login.is_asked_for(fault):
+                log_in = functools.partial(self._exchange, member, "POST /v3/auth/authenticate", deadline=until)
+                fault = self._login.renew(login, log_in)
             # If the caller's deadline cut the try short, that says nothing about the member.
-            if share_ends <= deadline or time.monotonic() < deadline:
+            elif fault.sick and (share_ends <= deadline or time.monotonic() < deadline):
                 self._mark_sick(member, str(fault))
-            kind = Unavailable if isinstance(fault, Unavailable) else OutcomeUnknown
-            raise kind(f"{member}: {fault}") from fault
-        if member.fault is not None:
-            self._mark_well(member)
-        return Reply(answer)
+            fault.args = (f"{member}: {fault}",)
+            raise fault
+        return answer
 
-    def _exchange(self, member: Member, path: str, body: str, deadline: float) -> tuple[int, str]:
-        """Status and body of the answer. Raises Stale for a kept connection that etcd has closed meanwhile."""
-        request = b"POST %b%b%d\r\n\r\n%b" % (path.encode(), member.headers, len(body), body.encode())
+    def _exchange(self, member: Member, request: str, payload: Any, deadline: float) -> Any:
+        """Asks over a kept connection or a new one. Raises StorageError without the member's name."""
+        if time.monotonic() >= deadline:
+            raise StorageError("no time was left to ask it", sick=False)
         try:
             wire, kept = member.idle.pop(), True
         except IndexError:
             wire, kept = self._connect(member, deadline), False
+        body = _to_lines(payload)
+        head = f"{request} HTTP/1.1\r\n{member.headers}{self._login.header}Content-Length: {len(body)}\r\n\r\n"
         try:
-            return _converse(member, wire, request, deadline)
-        except (OSError, EOFError, Malformed, ValueError) as fault:
+            wire.send((head + body).encode(), deadline)
+            status, headers = parse_answer_head(wire.head(deadline))
+            text = wire.body(body_length(headers, MAX_ANSWER_BYTES), MAX_ANSWER_BYTES, deadline).decode()
+        except (OSError, EOFError, BadRequest, ValueError) as fault:
             wire.sock.close()
-            if kept and not wire.rest and isinstance(fault, (ConnectionError, EOFError, ssl.SSLError)):
-                _close_all(member.idle)  # they are of the same age
-                raise Stale(_reason(fault)) from fault
-            if not kept and isinstance(fault, ssl.SSLError):
-                raise Unavailable(_reason(fault)) from fault  # TLS 1.3 refuses a client after the handshake
-            hint = "; is it https?" if not kept and not member.tls and isinstance(fault, EOFError) else ""
-            raise OutcomeUnknown(_reason(fault) + hint) from fault
+            raise _broken(member, wire, kept, fault) from fault
+        if status == 200 and not wire.buffer and "connection" not in headers and len(member.idle) < MAX_IDLE:
+            member.idle.append(wire)
+        else:  # not to be trusted after an error, or with something unread
+            wire.sock.close()
+        return parse_answer(status, text, payload)
 
     def _connect(self, member: Member, deadline: float) -> Wire:
         try:
+            if not member.host:
+                raise ValueError("its name has no address")
             left = max(0.001, deadline - time.monotonic())
-            sock = socket.create_connection((member.address.host, member.address.port), left)
+            sock = socket.create_connection((member.host, member.endpoint.port), left)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.settimeout(max(0.001, deadline - time.monotonic()) if member.tls else None)
-            if member.tls:
-                # A new context each time, since certificates are renewed while this daemon runs.
-                sock = self._config.tls_context().wrap_socket(sock, server_hostname=member.address.host)
+            if self._tls and member.endpoint.tls:
+                sock = self._tls.get().wrap_socket(sock, server_hostname=member.endpoint.host)
+            else:
+                sock.settimeout(None)
+            return Wire(sock)
         except (OSError, ValueError) as fault:
-            raise Unavailable(_reason(fault)) from fault
-        return Wire(sock)
+            ours = getattr(fault, "errno", None) in OWN_SHORTAGES
+            time.sleep(PAUSE_SECONDS if ours else 0)
+            raise StorageError(reason(fault), sick=not ours) from fault
+
+    def _note_answer(self, member: Member, answer: Any) -> None:
+        """Whoever answers is well, unless it is of another cluster. Raises OutcomeUnknown."""
+        header = answer["header"] if isinstance(answer, dict) else answer[0].get("result", {}).get("header", {})
+        cluster = header.get("cluster_id", member.cluster)
+        if cluster == self._cluster == member.cluster and member.fault is None:
+            return
+        with self._mutex:
+            member.cluster = cluster
+            if self._cluster not in {one.cluster for one in self._members if one.cluster}:
+                self._cluster = cluster  # it is the first that answers, or the whole list has moved
+            before, member.fault = member.fault, member.fault if cluster != self._cluster else None
+        if cluster != self._cluster:
+            raise OutcomeUnknown("it is of another cluster than the members before it")
+        if before is not None:
+            event(INFO, "etcd member is well again", member=member)
 
     def _mark_sick(self, member: Member, fault: str) -> None:
         _close_all(member.idle)
         with self._mutex:
+            member.errors += 1
             before, member.fault, member.failed_at = member.fault, fault, time.monotonic()
-            self._members = [other for other in self._members if other is not member] + [member]
-            watched, member.watched = member.watched, True
+            if member in self._members:
+                self._members = [one for one in self._members if one is not member] + [member]
         if before is None:
             event(WARNING, "etcd member failed", member=member, reason=fault)
-        if not watched:
-            threading.Thread(target=self._watch, args=(member,), daemon=True).start()
 
-    def _mark_well(self, member: Member) -> None:
-        with self._mutex:
-            before, member.fault = member.fault, None
-        if before is not None:
-            event(INFO, "etcd member is well again", member=member)
+    def _samples(self) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for member in self._members:
+            found[sample("shared_lock_etcd_member_up", member=member)] = int(
+                member.fault is None and member.cluster > ""
+            )
+            found[sample("shared_lock_etcd_errors_total", member=member)] = member.errors
+        return found
 
-    def _watch(self, member: Member) -> None:
-        """Checks the member until it is well, off the path of any request."""
+    def _watch(self, endpoint: Address) -> None:
+        """Looks the name up while one of its members is sick, and asks each member."""
+        checked: set[Member] = set()
         while True:
-            with contextlib.suppress(StorageError):  # _ask has noted it
-                self._ask(member, "/v3/kv/range", {"key": _key64("")}, math.inf)  # for as long as a try may take
-            with self._mutex:
-                if member.fault is None:
-                    member.watched = False
-                    return
+            mine = [member for member in self._members if member.endpoint == endpoint]
+            if not mine or any(member.fault for member in mine):
+                mine = self._look_up(endpoint)
+            for member in mine:
+                with contextlib.suppress(StorageError):  # noted at the member
+                    self._call(member, *READ, math.inf)  # for as long as a try may take
+                    if member not in checked:
+                        checked.add(member)
+                        self._check_release(member)
+            self._unseen.discard(endpoint)
             time.sleep(WATCH_SECONDS)
 
+    def _look_up(self, endpoint: Address) -> list[Member]:
+        """The members at the addresses that the endpoint's name has now, IPv4 if any. One that is well stays."""
+        mine = {member.host: member for member in self._members if member.endpoint == endpoint}
+        try:
+            infos = socket.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM)
+            families = {str(info[4][0]): info[0] for info in infos}
+            hosts = [host for host, family in families.items() if family == socket.AF_INET] or list(families)
+        except (OSError, UnicodeError):
+            hosts = list(mine) or [""]
+        gone = [member for host, member in mine.items() if host not in hosts and member.fault]
+        with self._mutex:
+            members = [member for member in self._members if member not in gone]
+            for host in hosts:
+                if host not in mine:  # anywhere: replicas that start together do not all begin with the same
+                    address = endpoint if len(hosts) == 1 else endpoint._replace(host=host)
+                    member = Member(endpoint, host, f"{'https' if endpoint.tls else 'http'}://{address}")
+                    members.insert(random.randint(0, len(members)), member)
+            self._members = members
+        return [member for member in members if member.endpoint == endpoint]
 
-@functools.lru_cache(maxsize=256)  # the answers of one second are alike
-def parse_answer_head(data: bytes) -> tuple[int, Mapping[str, str]]:
-    """Status and headers. Raises Malformed."""
-    line, *header_lines = data.decode("latin-1").split("\r\n")
-    match = re.match(r"HTTP/1\.[01] ([0-9]{3})", line)
-    if not match:
-        raise Malformed(502, f"not HTTP: {quote(line)}")
-    return int(match[1]), parse_headers(header_lines)
-
-
-def _converse(member: Member, wire: Wire, request: bytes, deadline: float) -> tuple[int, str]:
-    """Sends the request, reads status and body of the answer, and keeps the connection if it is as good as new."""
-    wire.send(request, deadline)
-    status, headers = parse_answer_head(wire.head(deadline))
-    text = wire.body(headers, MAX_ANSWER_BYTES, deadline).decode()
-    if status == 200 and not wire.rest and "connection" not in headers and len(member.idle) < MAX_IDLE:
-        member.idle.append(wire)
-    else:  # not to be trusted after an error, or with something unread
-        wire.sock.close()
-    return status, text
-
-
-_to_json = json.JSONEncoder(separators=(",", ":")).encode
-
-
-# etcd stops reading the lines of a stream once it starts to answer, and the rest is lost. Only what its decoder reads
-# first is safe: 512 bytes, but 2,048 after 1,536 blanks, for which Go's json.Decoder doubles its buffer.
-# Measured under load: 32 lines without the blanks, 832 of 19,200 answers missing, 18 lines, none of 86,400; with them
-# 64 and 76 lines, none in 600 calls each. A lone line is answered 6 % sooner without.
-_SAFE_BYTES = 512
-_LINES_LEAD = " " * 1536
+    def _check_release(self, member: Member) -> None:
+        """Warns of releases that may end or renew leases wrongly after a leader was frozen."""
+        release = str(self._exchange(member, "GET /version", {}, deadline_after(self._timeout)).get("etcdserver"))
+        numbers = tuple(map(int, re.findall("[0-9]+", release)[:3]))
+        if numbers < (3, 5, 23) or (3, 6) <= numbers < (3, 6, 5):
+            event(WARNING, "etcd release with defects in leases", member=member, release=release, better=SOUND_RELEASES)
 
 
-def _to_lines(payload: Any) -> str:
-    if not isinstance(payload, list):
-        return _to_json(payload)
-    lines = _to_json(payload)[1:-1].replace("},{", "}{")  # numbers only; 5 times as fast as line by line
-    return lines if len(lines) < _SAFE_BYTES else _LINES_LEAD + lines
+SOUND_RELEASES = "3.5.23, 3.6.5 or newer"
 
 
-def _from_json(text: str) -> dict[str, Any]:
-    """The answer to a call. Raises OutcomeUnknown, or ValueError if it is not JSON."""
-    answer = json.loads(text)
-    if not isinstance(answer, dict) or "header" not in answer:  # which etcd never leaves out
-        raise OutcomeUnknown(f"not an answer of etcd: {quote(text)}")
-    return answer
+class Login:
+    """The token of an etcd with auth enabled, which ends at etcd's discretion: one log-in for all callers."""
+
+    def __init__(self, name: str, password: str) -> None:
+        self._credentials = {"name": name, "password": password}
+        self._mutex = threading.Lock()  # held during a log-in, and owns all below
+        self._refusal: Refused | None = None
+        self._again_at = -math.inf
+        self.header = ""  # empty before the first log-in
+
+    def is_asked_for(self, fault: StorageError) -> bool:
+        said, code = str(fault), getattr(fault, "code", 0)
+        asked = code == GRPC_UNAUTHENTICATED or "user name is empty" in said or "auth store is old" in said
+        return asked and self._credentials["name"] != ""
+
+    def renew(self, used: str, log_in: Callable[[Any], Any]) -> StorageError:
+        """Logs in, unless another caller did since `used`. Returns what to raise: an error to try again after, or the
+        Refused of the log-in, which is remembered for WATCH_SECONDS."""
+        with self._mutex:
+            if self.header == used and time.monotonic() > self._again_at:
+                before, self._refusal = self._refusal, None
+                try:
+                    self.header = f"Authorization: {log_in(self._credentials)['token']}\r\n"
+                except Refused as fault:
+                    self._refusal, self._again_at = fault, time.monotonic() + WATCH_SECONDS
+                    if before is None:
+                        event(WARNING, "etcd log-in refused", reason=fault)
+            return copy.copy(self._refusal) if self._refusal else StorageError("logged in again", sick=False)
 
 
-def _from_lines(text: str) -> list[dict[str, Any]]:
-    """The answers of a stream. Raises StorageError if none is a result, or ValueError if they are not JSON."""
-    answers: list[dict[str, Any]] = json.loads("[" + text.strip().replace("\n", ",") + "]")
-    if not any(isinstance(answer, dict) and "result" in answer for answer in answers):
-        raise classify(200, text.partition("\n")[0])
-    return answers
+def _broken(member: Member, wire: Wire, kept: bool, fault: Exception) -> StorageError:
+    """What it means that a connection broke while a member was asked."""
+    if kept and not wire.buffer and isinstance(fault, (ConnectionError, EOFError, ssl.SSLError)):
+        _close_all(member.idle)  # etcd closed them while nobody asked: they are of the same age
+        return OutcomeUnknown(reason(fault), sick=False)
+    if not kept and isinstance(fault, ssl.SSLError):
+        return StorageError(reason(fault))  # TLS 1.3 refuses a client after the handshake
+    hint = "; is it https?" if not kept and not member.endpoint.tls and isinstance(fault, EOFError) else ""
+    return OutcomeUnknown(reason(fault) + hint)
 
 
 def _close_all(wires: list[Wire]) -> None:
@@ -1894,146 +2184,204 @@ def _close_all(wires: list[Wire]) -> None:
             wires.pop().sock.close()
 
 
-def _reason(fault: Exception) -> str:
-    """One line about why a connection failed."""
-    if isinstance(fault, ssl.SSLCertVerificationError):
-        return f"TLS: its certificate is not accepted: {fault.verify_message}"
-    if isinstance(fault, ssl.SSLError):
-        if isinstance(fault, ssl.SSLEOFError) or fault.reason == "WRONG_VERSION_NUMBER":
-            return "TLS: it does not answer in TLS; is it http?"
-        return f"TLS: {(fault.reason or str(fault)).lower().replace('_', ' ')}"
-    if isinstance(fault, OSError) and fault.strerror:
-        return fault.strerror.lower()
-    return str(fault) or type(fault).__name__
+@functools.lru_cache(maxsize=256)  # the answers of one second are alike
+def parse_answer_head(data: bytes) -> tuple[int, Mapping[str, str]]:
+    """Status and headers. Raises BadRequest."""
+    line, *header_lines = data.decode("latin-1").split("\r\n")
+    match = re.match(r"HTTP/1\.[01] ([0-9]{3})", line)
+    if not match:
+        raise BadRequest(f"not HTTP: {quote(line)}")
+    return int(match[1]), parse_headers(header_lines)
 
 
-def open_storage(config: Config) -> Storage:
-    """The configured storage. Raises ConfigError."""
-    if config.storage_type == "mock":
-        return MemoryStorage()
-    try:
-        import etcd3gw  # only here, so that the file runs without any package on the mock
-    except ImportError as fault:
-        raise ConfigError(
-            f"{variable('storage_type')}: etcd needs the package etcd3gw (pip install etcd3gw): {fault}"
-        ) from fault
-    session = EtcdSession(config)
-    session.start()
-    client = etcd3gw.Etcd3Client(session=cast(Any, session), api_path="/v3/")
-    return EtcdStorage(Gateway(client), config.etcd_timeout)
+# etcd stops reading the lines of a stream once it starts to answer, and the rest is lost. Only what its decoder reads
+# first is safe: 512 bytes, but 2,048 after 1,536 blanks, for which Go's json.Decoder doubles its buffer.
+# Measured under load: 32 lines without the blanks, 832 of 19,200 answers missing, 18 lines, none of 86,400; with them
+# 64 and 76 lines, none in 600 calls each. A lone line is answered 6 % sooner without.
+_SAFE_BYTES = 512
+_BLANKS = " " * 1536
+_to_json = json.JSONEncoder(separators=(",", ":")).encode
+
+
+def _to_lines(payload: Any) -> str:
+    if not isinstance(payload, list):
+        return _to_json(payload)
+    lines = _to_json(payload)[1:-1].replace("},{", "}{")  # numbers only; 5 times as fast as line by line
+    return lines if len(lines) < _SAFE_BYTES else _BLANKS + lines
+
+
+def parse_answer(status: int, text: str, payload: object = None) -> Any:
+    """The answer to this payload: of a list, a list. Raises StorageError."""
+    with contextlib.suppress(ValueError):
+        if status == 200 and isinstance(payload, list):
+            answers = json.loads("[" + text.strip().replace("\n", ",") + "]")
+            if any(isinstance(answer, dict) and "result" in answer for answer in answers):
+                return answers
+        elif status == 200:
+            answer = json.loads(text)
+            if isinstance(answer, dict) and (
+                "header" in answer or "etcdserver" in answer
+            ):  # etcd never leaves out both
+                return answer
+    raise classify(status, text.partition("\n")[0] if status == 200 else text)
+
+
+Storage = MemoryStorage | EtcdStorage | Cache
+
+
+def open_storage(config: Config, metrics: Metrics) -> Storage:
+    """The configured storage, with the cache in front where it is wanted. Raises ConfigError."""
+    storage: MemoryStorage | EtcdStorage = MemoryStorage()
+    if config.storage_type == "etcd":
+        try:
+            storage = EtcdStorage(Gateway(Members(config, metrics)), config.etcd_timeout)
+        except ImportError as fault:
+            needs = f"etcd needs the package etcd3gw (pip install etcd3gw): {fault}"
+            raise ConfigError(f"{variable('storage_type')}: {needs}") from fault
+    return Cache(storage, config.cache_size, metrics) if config.cache_enabled else storage
 
 
 # == Metrics =========================================================================================================
 
-_GRANT_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)  # seconds
-_LEASE_RESULTS = [("get", "created"), ("get", "accepted"), ("get", "error")] + [
-    (operation, status) for operation in ("prolong", "release") for status in ("success", "failure", "error")
-]
-_CACHE_RESULTS = [("get", "success"), ("get", "failure"), ("set", "success"), ("evict", "success")]
+LEASES = "shared_lock_lease_operations_total"
+CACHE = "shared_lock_cache_operations_total"
+GRANTS = "shared_lock_lease_grant_duration_seconds"
+GRANT_BOUNDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, math.inf]  # seconds
+KNOWN_RESULTS = [
+    (LEASES, "get", "created accepted error"), (LEASES, "prolong", "success failure error"),
+    (LEASES, "release", "success failure error"), (CACHE, "get", "hit miss expired"), (CACHE, "set", "success update"),
+    (CACHE, "evict", "size_limit"),
+]  # fmt: skip
+REQUESTS = "shared_lock_http_requests_total"
+FAMILIES = {
+    LEASES: ("counter", "Operations on locks."),
+    GRANTS: ("histogram", "Time to answer a POST /lease with 201 or 202, not counting the wait in line."),
+    CACHE: ("counter", "Uses of the cache."),
+    REQUESTS: ("counter", "Requests that were answered."),
+    "shared_lock_etcd_member_up": ("gauge", "1 while the member of etcd answers a linearizable read."),
+    "shared_lock_etcd_errors_total": ("counter", "Calls that a member of etcd failed."),
+    "shared_lock_waiting": ("gauge", "Callers that wait for a lock."),
+    "shared_lock_log_lines_dropped_total": ("counter", "Lines of the log that nobody read in time."),
+    "shared_lock_build_info": ("gauge", "The version that runs."),
+    "process_start_time_seconds": ("gauge", "Start, in seconds since 1970."),
+    "process_cpu_seconds_total": ("counter", "CPU time, of user and system."),
+    "process_resident_memory_bytes": ("gauge", "Resident memory."),
+    "process_open_fds": ("gauge", "Open file descriptors."),
+    "process_max_fds": ("gauge", "How many file descriptors may be open."),
+}
+
+
+def sample(name: str, **labels: object) -> str:
+    """A sample's name and labels, as they stand in Prometheus' text format 0.0.4."""
+    return name + "{" + ",".join([f'{label}="{value}"' for label, value in labels.items()]) + "}"
+
+
+def _bucket(bound: float) -> str:
+    return sample(f"{GRANTS}_bucket", operation="get", le="+Inf" if bound == math.inf else bound)
 
 
 class Metrics:
-    """Counters under the Go service's names, in Prometheus' text format 0.0.4. No key, value or lease is a label."""
+    """Numbers by sample, under the Go service's names. No key, value or lease is a label. `sources` are asked for
+    theirs when a page is made."""
 
     def __init__(self) -> None:
-        self._mutex = threading.Lock()  # owns all below
-        self._lease = dict.fromkeys(_LEASE_RESULTS, 0)
-        self._cache = dict.fromkeys(_CACHE_RESULTS, 0)
-        self._grants = [0] * (len(_GRANT_BUCKETS) + 1)
+        self._mutex = threading.Lock()  # owns the numbers
+        names = [
+            sample(name, operation=operation, status=status)
+            for name, operation, statuses in KNOWN_RESULTS
+            for status in statuses.split()
+        ]
+        names += map(_bucket, GRANT_BOUNDS)
+        self._numbers: dict[str, float] = dict.fromkeys(names, 0)  # of the histogram, each bucket by itself
         self._grant_seconds = 0.0
+        self.sources: list[Callable[[], Mapping[str, float]]] = [_process_samples]
 
-    def count_lease(self, operation: str, status: str) -> None:
+    def count(self, name: str, **labels: object) -> None:
+        counted = sample(name, **labels)
         with self._mutex:
-            self._lease[operation, status] += 1
+            self._numbers[counted] = self._numbers.get(counted, 0) + 1
 
-    def count_grant(self, seconds: float) -> None:
-        """A lock was taken in so many seconds, not counting the wait in line."""
+    def observe_grant(self, took: float) -> None:
+        """A POST /lease was answered after so many seconds."""
+        bucket = _bucket(GRANT_BOUNDS[bisect.bisect_left(GRANT_BOUNDS, took)])
         with self._mutex:
-            self._lease["get", "created"] += 1
-            self._grants[bisect.bisect_left(_GRANT_BUCKETS, seconds)] += 1
-            self._grant_seconds += seconds
-
-    def count_cache(self, operation: str, status: str) -> None:
-        with self._mutex:
-            self._cache[operation, status] += 1
+            self._numbers[bucket] += 1
+            self._grant_seconds += took
 
     def render(self) -> str:
         """All families, as one page."""
         with self._mutex:
-            lease, cache = dict(self._lease), dict(self._cache)
-            grants, grant_seconds = list(itertools.accumulate(self._grants)), self._grant_seconds
-        grant = "shared_lock_lease_grant_duration_seconds"
-        bounds = zip([*_GRANT_BUCKETS, "+Inf"], grants, strict=True)
-        histogram: dict[str, float] = {f'_bucket{{operation="get",le="{bound}"}}': count for bound, count in bounds}
-        histogram |= {'_sum{operation="get"}': grant_seconds, '_count{operation="get"}': grants[-1]}
-        return "".join(
-            [
-                _family("shared_lock_lease_operations_total", "counter", "Operations on locks.", _by_result(lease)),
-                _family(grant, "histogram", "Time to take a free lock.", histogram),
-                _family("shared_lock_cache_operations_total", "counter", "Uses of the cache.", _by_result(cache)),
-                *_process_families(),
-            ]
-        )
-
-
-def _by_result(counts: dict[tuple[str, str], int]) -> dict[str, float]:
-    return {f'{{operation="{operation}",status="{status}"}}': count for (operation, status), count in counts.items()}
-
-
-def _family(name: str, kind: str, meaning: str, samples: Mapping[str, float]) -> str:
-    """A metric in the text format; `samples` maps what follows the name to the value."""
-    lines = [f"# HELP {name} {meaning}\n# TYPE {name} {kind}\n"]
-    return "".join(lines + [f"{name}{rest} {value}\n" for rest, value in samples.items()])
+            numbers, grant_seconds = dict(self._numbers), self._grant_seconds
+        buckets = list(map(_bucket, GRANT_BOUNDS))
+        numbers |= zip(buckets, itertools.accumulate([numbers[bucket] for bucket in buckets]), strict=True)
+        numbers[sample(f"{GRANTS}_sum", operation="get")] = grant_seconds
+        numbers[sample(f"{GRANTS}_count", operation="get")] = numbers[buckets[-1]]
+        for source in self.sources:
+            numbers |= source()
+        lines = []
+        for family, (kind, meaning) in FAMILIES.items():
+            samples = [f"{name} {value}" for name, value in numbers.items() if name.startswith(family)]
+            lines += [f"# HELP {family} {meaning}", f"# TYPE {family} {kind}", *samples] if samples else []
+        return "\n".join(lines) + "\n"
 
 
 _STARTED_SECONDS = time.time()
 
 
-def _process_families() -> Iterator[str]:
-    """What Prometheus' client libraries tell about every process, where there is a /proc."""
-    yield _family("process_start_time_seconds", "gauge", "Start, in seconds since 1970.", {"": _STARTED_SECONDS})
+def _process_samples() -> dict[str, float]:
+    """What Prometheus' client libraries tell about every process."""
+    found = {
+        "shared_lock_log_lines_dropped_total": log.dropped,
+        sample("shared_lock_build_info", version=VERSION): 1,
+        "process_start_time_seconds": _STARTED_SECONDS,
+        "process_cpu_seconds_total": time.process_time(),
+        "process_max_fds": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+    }
     with contextlib.suppress(OSError):  # no /proc, or no descriptor left to read it with
         with open("/proc/self/statm") as statm:
-            resident = int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        yield _family("process_resident_memory_bytes", "gauge", "Resident memory.", {"": resident})
-        open_fds = len(os.listdir("/proc/self/fd"))
-        yield _family("process_open_fds", "gauge", "Open file descriptors.", {"": open_fds})
-    build = f'{{implementation="{platform.python_implementation()}",version="{platform.python_version()}"}}'
-    yield _family("python_info", "gauge", "The Python that runs this.", {build: 1})
+            found["process_resident_memory_bytes"] = int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        found["process_open_fds"] = len(os.listdir("/proc/self/fd"))
+    return found
 
 
 # == Profiles: what `go tool pprof` opens ============================================================================
 #
-# Only for SHARED_LOCK_PPROF_ENABLED. Stacks are tuples of (function, file, line), innermost first.
+# Only for SHARED_LOCK_PPROF_ENABLED, and at no cost before one is asked for. Stacks are tuples of (function, file,
+# line), innermost first.
 
 Stack = tuple[tuple[str, str, int], ...]
 _SAMPLES_PER_SECOND = 100
 _HEAP_FRAMES = 12  # of each allocation that tracemalloc remembers
+_one_at_a_time = threading.Lock()
 
 
-def profile_pages() -> dict[str, Callable[[Request], Response]]:
-    """The pages under /debug/pprof/, by path. Starts to trace allocations."""
-    import tracemalloc
+def timed(default: str, profile: Callable[[int], Response]) -> Callable[[Request], Response]:
+    """A page that takes `?seconds=N`. A second one meanwhile is 503."""
 
-    tracemalloc.start(_HEAP_FRAMES)
-    root = "/debug/pprof/"
-    pages = {root + "profile": cpu_profile, root + "heap": heap_profile, root + "goroutine": thread_stacks}
-    index = f"{root}profile?seconds=30\n{root}heap\n{root}goroutine?debug=2\n".encode()
-    return {root: lambda request: Response(200, index), **pages}
+    def page(request: Request) -> Response:
+        try:
+            duration = between(1, 300, whole)(_query(request).get("seconds", default))
+        except ValueError as fault:
+            raise BadRequest(f"seconds: {fault}") from fault
+        if not _one_at_a_time.acquire(blocking=False):
+            raise BadRequest("a profile is being made already: one at a time", 503)
+        try:
+            return profile(duration)
+        finally:
+            _one_at_a_time.release()
+
+    return page
 
 
-def cpu_profile(request: Request) -> Response:
-    """CPU time by stack, over `seconds`. A sample of a thread's stack weighs what the thread used since the last one.
+def cpu_profile(duration: int) -> Response:
+    """CPU time by stack, over so many seconds. A sample of a thread's stack weighs what the thread used since the last.
 
     The sampler needs the interpreter, too, so it sees each thread where it lets go of that, mostly in a system call:
     the sums by caller (pprof's cum) are right, the innermost function (flat) is not.
     """
-    text = _query(request).get("seconds", "30")
-    if not re.fullmatch("[0-9]{1,3}", text) or not 0 < int(text) <= 300:
-        raise BadRequest(f"seconds: not a number from 1 to 300: {quote(text)}")
     samples: collections.Counter[Stack] = collections.Counter()
     before = _cpu_nanos()
-    ends = time.monotonic() + int(text)
+    ends = time.monotonic() + duration
     while time.monotonic() < ends:
         time.sleep(1 / _SAMPLES_PER_SECOND)
         used, frames = _cpu_nanos(), sys._current_frames()
@@ -2041,7 +2389,7 @@ def cpu_profile(request: Request) -> Response:
             if (since := nanos - before.get(thread, 0)) > 0 and thread.ident in frames:
                 samples[_stack(frames[thread.ident])] += since
         before = used
-    return _pprof("cpu", "nanoseconds", samples, int(text))
+    return _pprof("cpu", "nanoseconds", samples, duration)
 
 
 def _cpu_nanos() -> dict[threading.Thread, int]:
@@ -2054,33 +2402,21 @@ def _cpu_nanos() -> dict[threading.Thread, int]:
     return used
 
 
-def heap_profile(request: Request) -> Response:
-    """Bytes in use that Python allocated since the start, by stack."""
+def heap_profile(duration: int) -> Response:
+    """Bytes that Python allocated during so many seconds and that are in use at their end, by stack."""
     import tracemalloc
 
+    tracemalloc.start(_HEAP_FRAMES)
+    time.sleep(duration)
+    traces = tracemalloc.take_snapshot().traces
+    tracemalloc.stop()
+    functions = [one.__code__ for one in gc.get_objects() if isinstance(one, types.FunctionType)]
+    names = {(code.co_filename, line): code.co_qualname for code in functions for _, _, line in code.co_lines()}
     samples: collections.Counter[Stack] = collections.Counter()
-    for trace in tracemalloc.take_snapshot().traces:
-        stack = [
-            (_functions(at.filename).get(at.lineno, at.filename), at.filename, at.lineno) for at in trace.traceback
-        ]
-        samples[tuple(reversed(stack))] += trace.size
-    return _pprof("inuse_space", "bytes", samples)
-
-
-@functools.cache
-def _functions(file: str) -> dict[int, str]:
-    """The function at each line of a source file, which tracemalloc does not tell; empty where there is no source."""
-    by_line: dict[int, str] = {}
-
-    def walk(code: types.CodeType) -> None:
-        by_line.update((line, code.co_qualname) for _, _, line in code.co_lines() if line)
-        for inner in code.co_consts:
-            if isinstance(inner, types.CodeType):
-                walk(inner)
-
-    with contextlib.suppress(OSError, SyntaxError, ValueError), open(file, "rb") as source:
-        walk(compile(source.read(), file, "exec"))
-    return by_line
+    for trace in traces:
+        frames = [(one.filename, one.lineno) for one in reversed(trace.traceback)]
+        samples[tuple((names.get(frame, frame[0]), *frame) for frame in frames)] += trace.size
+    return _pprof("inuse_space", "bytes", samples, duration)
 
 
 def thread_stacks(request: Request) -> Response:
@@ -2104,7 +2440,7 @@ def _stack(frame: types.FrameType | None) -> Stack:
     return tuple(stack)
 
 
-def _pprof(kind: str, unit: str, samples: Mapping[Stack, int], seconds: int = 0) -> Response:
+def _pprof(kind: str, unit: str, samples: Mapping[Stack, int], duration: int = 0) -> Response:
     """A gzipped profile.proto (github.com/google/pprof/proto/profile.proto); the numbers are its fields'."""
     import gzip
 
@@ -2128,7 +2464,7 @@ def _pprof(kind: str, unit: str, samples: Mapping[Stack, int], seconds: int = 0)
     for (function, file), number in functions.items():
         out.append(_field(5, _field(1, number) + _field(2, string(function)) + _field(4, string(file))))
     out += [_field(6, text.encode()) for text in strings]
-    out += [_field(9, time.time_ns()), _field(10, seconds * 10**9)]
+    out += [_field(9, time.time_ns()), _field(10, duration * 10**9)]
     return Response(200, gzip.compress(b"".join(out)), "application/octet-stream")
 
 
@@ -2143,136 +2479,15 @@ def _varint(value: int) -> bytes:
     return bytes([value]) if value < 0x80 else bytes([value & 0x7F | 0x80]) + _varint(value >> 7)
 
 
-# == Life of the process: start, wait, stop ==========================================================================
+PROFILES = {
+    "": lambda request: Response(200, b"profile?seconds=30\nheap?seconds=10\ngoroutine?debug=2\n"),
+    "profile": timed("30", cpu_profile),
+    "heap": timed("10", heap_profile),
+    "goroutine": thread_stacks,
+}
 
 
-DEBUG, INFO, WARNING, ERROR = "debug", "info", "warning", "error"
-log_level = {DEBUG: False, INFO: True, WARNING: True, ERROR: True}  # what is written; serve() sets DEBUG
-
-
-def event(level: str, name: str, **fields: object) -> None:
-    """One line to stderr: time=2026-11-23T03:21:00.000Z level=info event=granted key=nightly lease=4711 …
-
-    Not with the logging module, which takes 5 µs longer for a line.
-    """
-    if not log_level[level]:
-        return
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-    words = [f"time={now[:-6]}Z level={level} event={_plain(name)}"]
-    words += [f"{key}={_plain(value)}" for key, value in fields.items()]
-    _stderr.write(" ".join(words))
-
-
-class Stderr:
-    """Writes whole lines, or none: a pipe that nobody reads any more must not stop the locks."""
-
-    def __init__(self) -> None:
-        self._mutex = threading.Lock()  # owns the fields below, and the room that poll saw in the pipe
-        self._poll = select.poll()
-        self._poll.register(2, select.POLLOUT)
-        self._lost = 0  # lines since the last one that was written
-
-    def write(self, line: str) -> None:
-        """Waits up to 100 ms for a slow reader; after that, lines are dropped and counted until it reads again."""
-        with self._mutex, contextlib.suppress(OSError):
-            if not self._poll.poll(0 if self._lost else 100):
-                self._lost += 1
-                return
-            lost, self._lost = f" lines_lost={self._lost}" if self._lost else "", 0
-            # A pipe with room takes 4,096 bytes without blocking (PIPE_BUF).
-            os.write(2, (line[:1000] + lost + "\n").encode("utf-8", "backslashreplace"))
-
-
-_stderr = Stderr()
-
-
-def _plain(value: object) -> str:
-    """One plain word as it is, anything else quoted."""
-    text = str(value)
-    return text if isinstance(value, int) or re.fullmatch(r"[\w.:/@,+\[\]-]+", text) else quote(text)
-
-
-class Server(http.server.ThreadingHTTPServer):
-    """Accepts connections and knows which are open, so that it can stop without losing a request."""
-
-    daemon_threads = True  # block_on_close would wait for idle clients, too: drain() waits for the others only
-    block_on_close = False
-
-    def __init__(self, config: Config, api: Api) -> None:
-        """Listens on the configured address. Raises OSError."""
-        self.config = config
-        self.api = api
-        self.draining = False
-        self._mutex = threading.Condition()  # owns the set below; notified of each connection that closes
-        self._connections: set[Connection] = set()
-        listener = listen(config.server_host, config.server_port)
-        # TCPServer's own __init__ would make a socket for one family, and HTTPServer's look up our name in the DNS.
-        socketserver.BaseServer.__init__(self, listener.getsockname(), Connection)
-        self.socket = listener
-
-    def get_request(self) -> tuple[socket.socket, Any]:
-        """The next connection; serve_forever goes on after an OSError."""
-        try:
-            return super().get_request()
-        except OSError as fault:  # most likely out of descriptors; without a pause the loop would spin
-            event(ERROR, "accept failed", reason=fault)
-            time.sleep(0.1)
-            raise
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        fault = sys.exception()
-        event(ERROR, "connection failed", error=repr(fault), at=_where(fault))
-
-    def opened(self, connection: Connection) -> None:
-        with self._mutex:
-            self._connections.add(connection)
-
-    def closed(self, connection: Connection) -> None:
-        with self._mutex:
-            self._connections.discard(connection)
-            self._mutex.notify_all()
-
-    def drain(self, timeout: float) -> None:
-        """Accepts no more, closes idle connections, answers what is in flight, and after `timeout` seconds cuts what
-        is left. Locks stay with their holders."""
-        self.shutdown()
-        self.socket.setblocking(False)
-        with contextlib.suppress(OSError):  # BlockingIOError: all that were let in have been accepted
-            while True:
-                self.process_request(*self.socket.accept())
-        self.socket.close()
-        self.draining = True
-        self.api.service.dismiss_waiting()
-        deadline = time.monotonic() + timeout
-        with self._mutex:
-            for connection in self._connections:
-                connection.close_if_idle()
-            while self._connections and (left := deadline - time.monotonic()) > 0:
-                self._mutex.wait(left)
-            for connection in self._connections:
-                head = connection.serving
-                doing = f"{head.method} {head.path}" if head else "reading a request"
-                event(WARNING, "connection cut", client=connection.client, doing=doing)
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; an empty host is every address, IPv6 with IPv4 where there is IPv6. Raises OSError."""
-    if not host and socket.has_dualstack_ipv6():
-        try:
-            return socket.create_server(("", port), family=socket.AF_INET6, backlog=1024, dualstack_ipv6=True)
-        except OSError as fault:
-            if fault.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
-                raise
-    family, _, _, _, address = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)[0]
-    return socket.create_server(address, family=family, backlog=1024)
-
-
-def _where(fault: BaseException | None) -> str:
-    frames = traceback.extract_tb(fault.__traceback__) if fault else []
-    return f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else "?"
-
-
-STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
+# == Life of the process: start, serve, stop =========================================================================
 
 
 def be_quick() -> None:
@@ -2291,32 +2506,48 @@ def be_quick() -> None:
 
 def serve(config: Config) -> int:
     """Runs the daemon until SIGTERM or SIGINT; returns the exit status. Raises ConfigError."""
-    # Blocked in all threads, and waited for by the main one. A handler may run late or never, when another thread got
-    # the signal; and PID 1 would not get one that comes during the start.
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    log_level[DEBUG] = config.debug
+    stops: list[int] = []  # the signals that came
+
+    def stop(number: int, frame: object) -> None:
+        if stops:  # the second
+            os._exit(128 + number)
+        stops.append(number)
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    log.debug = config.debug
     be_quick()
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # a connection is one, and the soft limit is often 1,024
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
     metrics = Metrics()
-    cache = Cache(config.cache_size, metrics) if config.cache_enabled else None
-    service = LockService(open_storage(config), metrics, cache)
+    api = Api(LockService(open_storage(config, metrics), metrics), metrics, config)
     try:
-        server = Server(config, Api(service, metrics, config.pprof_enabled))
+        server = Server(config, api)
     except (OSError, UnicodeError) as fault:
         if isinstance(fault, UnicodeError | socket.gaierror) or fault.errno in (errno.EADDRNOTAVAIL, errno.EINVAL):
             host = quote(config.server_host)
             raise ConfigError(f"{variable('server_host')}: not an address of this machine: {host}") from fault
-        reason = os.strerror(fault.errno or 0).lower()
-        print(f"shared-lock: cannot listen on port {config.server_port}: {reason}", file=sys.stderr)
+        print(f"shared-lock: cannot listen on port {config.server_port}: {reason(fault)}", file=sys.stderr)
         return 1
-    threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()  # seconds until shutdown() is seen
-    host, port = server.socket.getsockname()[:2]
-    event(INFO, "serving", address=Address(host, port), storage=config.storage_type)
-    signal.sigwait(STOP_SIGNALS)
+    tell_start(config, server)
+    while not stops:
+        server.handle_request()
     event(INFO, "stopping")
-    threading.Thread(target=lambda: os._exit(128 + signal.sigwait(STOP_SIGNALS)), daemon=True).start()  # the second
-    server.drain(config.server_shutdown_timeout)
+    server.stop(config.server_shutdown_timeout)
     event(INFO, "stopped")
     return 0
+
+
+def tell_start(config: Config, server: Server) -> None:
+    """The first line of the log, and a warning for each variable that is most likely a typo."""
+    shown = {"storage": config.storage_type, "tls": "yes" if config.server_cert_path else "no"}
+    if config.storage_type == "etcd":
+        shown["members"] = ",".join(map(str, config.etcd_addr_list))
+    needs = {"token": config.server_token_path, "certificate": config.server_client_ca_path}
+    shown["callers_need"] = "+".join(name for name, path in needs.items() if path) or "nothing"
+    event(INFO, "serving", address=Address(*server.socket.getsockname()[:2]), version=VERSION, **shown)
+    for name in unknown_variables(os.environ):
+        event(WARNING, "unknown variable", variable=name, hint="see --help")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -2327,7 +2558,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog="environment:\n" + "\n".join(_help_lines()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(metavar="command", required=True)
+    parser.add_argument("--version", action="version", version=f"shared-lock {VERSION}")
+    commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("serve", help="serve until SIGTERM or SIGINT")
     parser.parse_args(arguments)
     for descriptor in (0, 1, 2):  # one that is closed would become a socket, and get the log
