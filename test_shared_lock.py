@@ -4003,7 +4003,7 @@ def test_as_pid_1_it_waits_for_orphans_and_takes_no_zombie_for_living(run: Run) 
     line = "sleep 0.1 & (setsid sleep 0.1 &); exec sleep 0.5"  # which waits for neither
     started = time.monotonic()
 
-    assert run(*sh(line), under=["unshare", "--pid", "--fork", "--mount-proc"]).wait() == 0
+    assert run(*sh(line), under=["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]).wait() == 0
 
     assert time.monotonic() - started < 5  # SIGKILL would have come after 10 s, for a group that seems to live
 
