@@ -9,6 +9,7 @@ SHARED_LOCK_TEST_PYTHON, else on this one.
 
 from __future__ import annotations
 
+import argparse
 import ast
 import base64
 import collections
@@ -5093,33 +5094,21 @@ def test_with_etcd_out_of_space_acquire_says_so_and_release_still_works(tmp_path
 
 
 class Runner:
-    """`python example.py … -- command` as a child process; the command is a line for sh."""
+    """`python example.py … -- command` as a child process, under another command if one is given."""
 
-    def __init__(self, folder: Path, url: str, key: str, ttl: str, *command: str) -> None:
+    def __init__(self, folder: Path, *arguments: str, under: Sequence[str] = (), **more: Any) -> None:
         self.err_path = folder / f"runner-{next(_numbers)}.err"
         self.out_path = self.err_path.with_suffix(".out")
-        arguments = ["--url", url, "--key", key, "--ttl", ttl, "--", *command]
+        command = [*under, PYTHON, str(HERE / "example.py"), *arguments]
+        more = {"env": clean_env(), "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **more}
         with open(self.out_path, "wb") as out, open(self.err_path, "wb") as err:
-            self.process = subprocess.Popen(
-                [PYTHON, str(HERE / "example.py"), *arguments],
-                stdout=out,
-                stderr=err,
-                env=clean_env(),
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # whatever runs pytest
-            )
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, **more)
 
     def out(self) -> str:
         return self.out_path.read_text()
 
     def err(self) -> str:
         return self.err_path.read_text()
-
-    def asks(self) -> bool:
-        """Whether it has a connection, as while it asks for the lock and waits for the answer."""
-        with contextlib.suppress(OSError):  # a descriptor that is closed meanwhile
-            descriptors = Path(f"/proc/{self.process.pid}/fd").iterdir()
-            return any(os.readlink(one).startswith("socket:") for one in descriptors if int(one.name) > 2)
-        return False
 
     def wait(self, seconds: float = 30) -> int:
         """Its exit status."""
@@ -5128,11 +5117,15 @@ class Runner:
 
 @pytest.fixture
 def run(folder: Path, on_memory: Daemon, key: str) -> Iterator[Callable[..., Runner]]:
-    """Starts runners: run("sh -c", "a line for sh", ttl="60s", on=a daemon); they end with the test."""
+    """Starts runners: run("sh", "-c", "a line", ttl="60s", on=a URL, options=["-n"]); they end with the test.
+
+    A line that is to get a signal does without `sleep` in the foreground: dash drops what comes while it starts one.
+    """
     started: list[Runner] = []
 
-    def start_one(*command: str, ttl: str = "60s", on: str = "", lock: str = key) -> Runner:
-        started.append(Runner(folder, on or on_memory.url, lock, ttl, *command))
+    def start_one(*command: str, ttl: str = "60s", on: str = "", options: Sequence[str] = (), **more: Any) -> Runner:
+        arguments = ["--url", on or on_memory.url, "--key", key, "--ttl", ttl, *options, "--", *command]
+        started.append(Runner(folder, *arguments, **more))
         return started[-1]
 
     yield start_one
@@ -5145,12 +5138,15 @@ def run(folder: Path, on_memory: Daemon, key: str) -> Iterator[Callable[..., Run
         assert "Traceback" not in one.err()
 
 
+Run = Callable[..., Runner]
+
+
 def sh(line: str) -> tuple[str, str, str]:
     return ("sh", "-c", line)
 
 
 def is_free(daemon: Daemon, key: str) -> bool:
-    return daemon.request("GET", f"/lease?key={key}").status == 404
+    return daemon.request("GET", "/lease?key=" + urllib.parse.quote(key)).status == 404
 
 
 def lives(pid: int) -> bool:
@@ -5161,24 +5157,119 @@ def lives(pid: int) -> bool:
         return False
 
 
+def beats(beat: Path) -> bool:
+    """Whether a command still touches its file."""
+    last = beat.stat().st_mtime
+    time.sleep(0.3)
+    return beat.stat().st_mtime != last
+
+
 # Beats every 50 ms, in a grandchild that does not care for SIGTERM; "$0" is the file that shows when it last did.
-STUBBORN = "(trap '' TERM; while :; do echo >\"$0\"; sleep 0.05; done) & echo started; wait"
+STUBBORN = "(trap '' TERM; while :; do echo >\"$0\"; sleep 0.05; done) & echo $SHARED_LOCK_LEASE; wait"
+
+
+class StandIn(http.server.ThreadingHTTPServer):
+    """A shared-lock of one lock that is always granted, but for the answers that are written down.
+
+    Those of "POST /lease" may be ["500 why", "202 0"], then it is granted. "lost" does as asked and hangs up, "silent"
+    says nothing for ever, "trickle" a byte every 50 ms; what has no status in front is sent as it is.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, granted: str, answers: dict[str, list[str]]) -> None:
+        super().__init__(("127.0.0.1", 0), StandInHandler)
+        self.url, self.granted, self.answers = f"http://127.0.0.1:{self.server_port}", granted, answers
+        self.requests: list[tuple[str, dict[str, str], str]] = []  # what was asked for, headers, body
+        self.before_answer: Callable[[], object] = lambda: None
+
+    def asked(self, what: str = "") -> list[str]:
+        return [one for one, _, _ in self.requests if one.startswith(what)]
+
+    def ids(self) -> list[str]:
+        """Of the requests for the lock, and to release it."""
+        return [headers.get("x-lease-id", body) for what, headers, body in self.requests if what.endswith(" /lease")]
+
+    def handle_error(self, *about: object) -> None:
+        """The runner hung up."""
+
+
+class StandInHandler(http.server.BaseHTTPRequestHandler):
+    server: StandIn
+
+    def answer(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
+        what = f"{self.command} {self.path.partition('?')[0]}"
+        self.server.requests.append((what, {name.lower(): value for name, value in self.headers.items()}, body))
+        self.server.before_answer()
+        usual = {"POST /lease": f"201 {self.headers['x-lease-id']}", "GET /lease": "404"}.get(what, "200")
+        say = self.server.answers[what].pop(0) if self.server.answers.get(what) else usual
+        status, _, text = say.partition(" ")
+        while say == "silent":
+            time.sleep(1)
+        if status.isdigit():
+            self.send_response(int(status))
+            self.send_header("x-lease-ttl", self.server.granted)
+            self.send_header("x-fencing-token", "1")
+            self.end_headers()
+        while say == "trickle" or text == "trickle":
+            self.wfile.write(b"H")
+            time.sleep(0.05)
+        self.wfile.write((text if status.isdigit() else say.removeprefix("lost")).encode())
+
+    do_GET = do_POST = do_DELETE = answer
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def stand_in(granted: str = "60s", tls: Path | None = None, **answers: list[str]) -> Iterator[StandIn]:
+    """stand_in(acquire=[…], keepalive=[…], release=[…], holder=[…]); with `tls`, a certificate and its key."""
+    paths = {
+        "acquire": "POST /lease",
+        "keepalive": "POST /keepalive",
+        "release": "DELETE /lease",
+        "holder": "GET /lease",
+    }
+    with StandIn(granted, {paths[what]: list(texts) for what, texts in answers.items()}) as server:
+        if tls:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(tls)
+            server.socket = context.wrap_socket(server.socket, server_side=True)
+            server.url = server.url.replace("http:", "https:")
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def wanted(url: str = "http://127.0.0.1:1", granted: str = "") -> example.Lock:
+    """A lock inside this process, held if a ttl is given."""
+    options = argparse.Namespace(url=url, key="k", ttl=60.0, token_file=None, ca_file=None)
+    lock = example.Lock(options)
+    if granted:
+        assert lock._granted("4711", {"x-lease-ttl": granted, "x-fencing-token": "1"}, example.now())
+    return lock
+
+
+# -- The command and its lock
 
 
 def test_the_command_runs_under_the_lock_and_its_exit_status_is_handed_on(
-    on_memory: Daemon, run: Callable[..., Runner], key: str
+    on_memory: Daemon, run: Run, key: str
 ) -> None:
-    runner = run(*sh("echo $SHARED_LOCK_FENCING_TOKEN; exit 7"))
+    runner = run(*sh("echo $SHARED_LOCK_FENCING_TOKEN $SHARED_LOCK_KEY $SHARED_LOCK_LEASE; exit 7"))
     assert runner.wait() == 7
 
-    token = int(runner.out())
+    token, told_key, lease = runner.out().split()
+    assert told_key == key
+    assert int(lease) > 0
     assert is_free(on_memory, key)
-    assert int(on_memory.acquire(key).headers["x-fencing-token"]) > token
+    assert int(on_memory.acquire(key).headers["x-fencing-token"]) > int(token)
+    assert runner.err() == ""
 
 
-def test_while_the_command_runs_its_lock_is_held_far_beyond_the_ttl(
-    on_memory: Daemon, run: Callable[..., Runner], key: str
-) -> None:
+def test_while_the_command_runs_its_lock_is_held_far_beyond_the_ttl(on_memory: Daemon, run: Run, key: str) -> None:
     runner = run(*sh("echo $SHARED_LOCK_FENCING_TOKEN; sleep 5"), ttl="3s")
     token = int(eventually(runner.out))
 
@@ -5190,15 +5281,13 @@ def test_while_the_command_runs_its_lock_is_held_far_beyond_the_ttl(
     assert runner.err() == ""
 
 
-def test_the_ttl_that_counts_is_the_granted_one(folder: Path) -> None:
-    with stand_in(granted="60s") as (url, requests):
-        runner = Runner(folder, url, "any", "2s", *sh("sleep 2"))
-
-        assert runner.wait() == 0
-        assert requests == ["POST /lease", "DELETE /lease"]  # a third of 2 s has passed, of 60 s it has not
+def test_the_ttl_that_counts_is_the_granted_one(run: Run) -> None:
+    with stand_in(granted="60s") as service:
+        assert run(*sh("sleep 2"), ttl="2s", on=service.url).wait() == 0
+        assert service.asked() == ["POST /lease", "DELETE /lease"]  # a third of 2 s has passed, of 60 s it has not
 
 
-def test_of_three_runners_at_once_only_one_at_a_time_runs_its_command(run: Callable[..., Runner], folder: Path) -> None:
+def test_of_three_runners_at_once_only_one_at_a_time_runs_its_command(run: Run, folder: Path) -> None:
     diary = folder / "diary"
     line = "echo in $SHARED_LOCK_FENCING_TOKEN >>$0; sleep 0.5; echo out $SHARED_LOCK_FENCING_TOKEN >>$0"
 
@@ -5212,37 +5301,109 @@ def test_of_three_runners_at_once_only_one_at_a_time_runs_its_command(run: Calla
     assert len(set(tokens)) == 3
 
 
+def test_of_five_machines_at_the_same_second_one_runs_the_job_and_all_end_well(run: Run) -> None:
+    runners = [run(*sh("echo ran; sleep 3"), options=["-n", "-E", "0"]) for _ in range(5)]
+
+    assert [runner.wait() for runner in runners] == [0] * 5
+    assert sorted(runner.out() for runner in runners) == ["", "", "", "", "ran\n"]
+
+
+def test_with_keep_a_job_that_takes_no_time_runs_once_however_the_clocks_differ(run: Run) -> None:
+    outs = []
+    for _ in range(4):
+        runner = run("echo", "ran", options=["-n", "-E", "0", "--keep"])
+        assert runner.wait() == 0
+        outs.append(runner.out())
+        time.sleep(1)
+
+    assert outs == ["ran\n", "", "", ""]
+
+
+def test_with_keep_the_ttl_runs_from_the_end_of_the_command(run: Run) -> None:
+    with stand_in() as service:
+        assert run("true", on=service.url, options=["--keep"]).wait() == 0
+        assert service.asked() == ["POST /lease", "POST /keepalive"]
+
+
+@pytest.mark.parametrize(
+    ("options", "status"),
+    [(["-n"], 73), (["--wait", "1s"], 73), (["-n", "-E", "5"], 5), (["--wait", "500ms", "-E0"], 0)],
+)
+def test_a_lock_that_is_not_to_be_had_gives_the_conflict_status_and_says_who_has_it(
+    on_memory: Daemon, run: Run, key: str, options: list[str], status: int
+) -> None:
+    on_memory.acquire(key, "60s", "alice")
+    runner = run("echo", "ran", options=options)
+
+    assert runner.wait(10) == status
+    assert runner.out() == ""
+    assert re.fullmatch(r"example.py: held by 'alice', (59|60) s left\n", runner.err())
+
+
+def test_a_lock_that_gets_free_within_the_wait_is_taken(on_memory: Daemon, run: Run, key: str) -> None:
+    other = on_memory.acquire(key).text
+    runner = run("echo", "ran", options=["--wait", "30s"])
+    eventually(runner.err)
+
+    on_memory.release(other)
+
+    assert runner.wait(10) == 0
+    assert runner.out() == "ran\n"
+
+
 def test_a_lock_that_was_waited_for_longer_than_its_ttl_is_as_good_as_any(
-    on_memory: Daemon, run: Callable[..., Runner], key: str
+    on_memory: Daemon, run: Run, key: str
 ) -> None:
     other = on_memory.acquire(key).text
     runner = run(*sh("echo started; sleep 1"), ttl="3s")
-    eventually(runner.asks)
-    time.sleep(3)  # its request is now older than the ttl that it asks for
+    eventually(runner.err)
+    time.sleep(3.2)  # its request is now older than the ttl that it asks for
     assert runner.out() == ""
 
     on_memory.release(other)
 
     assert runner.wait() == 0
     assert runner.out() == "started\n"
+    assert "trying again" not in runner.err()
     assert is_free(on_memory, key)
 
 
-def test_a_service_that_is_away_is_waited_for_and_that_is_told(
-    start: Callable[..., Daemon], run: Callable[..., Runner]
-) -> None:
-    port = free_port()
-    runner = run("echo", "done", on=f"http://127.0.0.1:{port}")
-    eventually(lambda: "trying again" in runner.err())
+def test_a_command_that_dies_by_a_signal_gives_128_and_its_number(run: Run) -> None:
+    assert run(*sh("kill -9 $$")).wait() == 137
 
-    start("mock", SERVER_PORT=str(port))
+
+@pytest.mark.parametrize(("command", "status"), [("/no/such/command", 127), ("/etc/passwd", 126)])
+def test_a_command_that_cannot_be_started_gives_the_status_of_a_shell_and_frees_the_lock(
+    on_memory: Daemon, run: Run, key: str, command: str, status: int
+) -> None:
+    runner = run(command, options=["--keep"])
+
+    assert runner.wait() == status
+    assert command in runner.err()
+    assert is_free(on_memory, key)
+
+
+def test_what_a_command_leaves_behind_ends_before_the_lock_is_released(run: Run) -> None:
+    runner = run(*sh("sleep 1000 & echo $!"))
 
     assert runner.wait() == 0
-    assert runner.out() == "done\n"
+    assert not lives(int(runner.out()))
+
+
+def test_a_lock_that_was_lost_unnoticed_is_told_in_the_end(on_memory: Daemon, run: Run) -> None:
+    runner = run(*sh("echo $SHARED_LOCK_LEASE; sleep 1; exit 3"))
+
+    on_memory.release(eventually(runner.out).strip())
+
+    assert runner.wait() == 3
+    assert "had been lost" in runner.err()
+
+
+# -- A service that is sick, and what it costs
 
 
 def test_a_frozen_service_stops_the_command_and_all_of_its_group_before_the_lease_can_have_ended(
-    start: Callable[..., Daemon], run: Callable[..., Runner], folder: Path
+    start: Callable[..., Daemon], run: Run, folder: Path
 ) -> None:
     daemon, beat = start("mock"), folder / "beat-frozen"
     runner = run(*sh(STUBBORN), str(beat), ttl="4s", on=daemon.url)
@@ -5254,116 +5415,243 @@ def test_a_frozen_service_stops_the_command_and_all_of_its_group_before_the_leas
 
     assert runner.wait() == 75
     assert frozen_at < beat.stat().st_mtime < frozen_at + 4
-    time.sleep(0.3)
-    last = beat.stat().st_mtime
-    time.sleep(0.3)
-    assert beat.stat().st_mtime == last
+    assert not beats(beat)
     assert "could not be kept alive in time" in runner.err()
 
 
-def test_a_service_that_is_frozen_for_a_moment_stops_nothing(
-    start: Callable[..., Daemon], run: Callable[..., Runner]
-) -> None:
-    daemon = start("mock")
-    runner = run(*sh("echo started; sleep 5; echo done"), ttl="6s", on=daemon.url)
-    eventually(runner.out)
-
-    daemon.process.send_signal(signal.SIGSTOP)
-    eventually(lambda: "keepalive failed" in runner.err())
-    daemon.process.send_signal(signal.SIGCONT)
-
-    assert runner.wait() == 0
-    assert runner.out() == "started\ndone\n"
-
-
-def test_one_keepalive_that_is_answered_500_stops_nothing(folder: Path) -> None:
-    with stand_in("500 storage failed", granted="3s") as (url, requests):
-        runner = Runner(folder, url, "any", "3s", *sh("sleep 3"))
+@pytest.mark.parametrize("keepalives", [["silent"], ["500 no answer in 1 s", "500 no answer in 2 s"]])
+def test_keepalives_that_fail_alike_stop_nothing_and_are_told_once(run: Run, keepalives: list[str]) -> None:
+    with stand_in("6s", keepalive=keepalives) as service:
+        runner = run("sleep", "4", on=service.url)
 
         assert runner.wait() == 0
-        assert requests.count("POST /keepalive") >= 2
-        assert "storage failed" in runner.err()
+        assert len(service.asked("POST /keepalive")) > len(keepalives)
+        assert re.fullmatch(r"example.py: keepalive failed, \d.\d s left: .* no answer in .*\n", runner.err())
 
 
-def test_a_revoked_lease_stops_the_command_and_gives_75_whatever_the_command_says(
-    on_memory: Daemon, run: Callable[..., Runner], key: str
-) -> None:
-    runner = run(*sh("trap 'echo told to stop; exit 0' TERM; echo started; while :; do sleep 0.05; done"), ttl="3s")
-    eventually(runner.out)
+def test_a_revoked_lease_stops_the_command_and_gives_75_whatever_the_command_says(on_memory: Daemon, run: Run) -> None:
+    line = "trap 'echo told to stop; exit 0' TERM; echo $SHARED_LOCK_LEASE; sleep 100 & wait"
+    runner = run(*sh(line), ttl="3s")
 
-    lease = on_memory.acquire(key).text
-    assert on_memory.release(lease).status == 200
+    assert on_memory.release(eventually(runner.out).strip()).status == 200
 
     assert runner.wait() == 75
-    assert runner.out() == "started\ntold to stop\n"
+    assert runner.out().endswith("\ntold to stop\n")
     assert "the lock is lost" in runner.err()
 
 
-def test_of_a_revoked_lease_a_stubborn_group_is_killed(
-    on_memory: Daemon, run: Callable[..., Runner], key: str, folder: Path
-) -> None:
+def test_of_a_revoked_lease_a_stubborn_group_is_killed(on_memory: Daemon, run: Run, folder: Path) -> None:
     beat = folder / "beat-revoked"
     runner = run(*sh(STUBBORN), str(beat), ttl="3s")
     eventually(beat.exists)
 
-    on_memory.release(on_memory.acquire(key).text)
+    on_memory.release(runner.out().strip())
 
     assert runner.wait() == 75
-    time.sleep(0.3)
-    last = beat.stat().st_mtime
-    time.sleep(0.3)
-    assert beat.stat().st_mtime == last
+    assert not beats(beat)
 
 
-def test_a_lease_that_is_known_to_be_gone_stops_the_command_long_before_its_ttl() -> None:
-    granted = example.Answer(201, "4711", {"x-lease-ttl": "3600s", "x-fencing-token": "1"})
-    lease = example.Lease(example.Service("http://127.0.0.1:1"), granted, example.now())
-    process = subprocess.Popen(["sh", "-c", "trap '' TERM; exec sleep 15"], process_group=0)
-    started = time.monotonic()
+@pytest.mark.parametrize("how", ["the service said so", "the machine was suspended beyond the ttl"])
+def test_a_lease_that_has_ended_stops_the_command_at_once(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    lock = wanted(granted="3600s")
+    command = example.Command(["sh", "-c", "trap '' TERM; exec sleep 15"], lock)
+    started, woken_at = time.monotonic(), example.now() + 4000
 
-    lease.gone, lease.grace = True, 0.5
-    kept = example.guard(process, lease, queue.SimpleQueue())
-    example.stop(process, lease)
+    if how == "the service said so":
+        lock.gone, lock.grace = True, 0.5
+    else:
+        monkeypatch.setattr(example, "now", lambda: woken_at)
+    kept = example.guard(command, lock, queue.SimpleQueue())
+    command.stop(lock)
 
     assert not kept
-    assert process.returncode in (-signal.SIGTERM, -signal.SIGKILL)
+    assert command.status in (128 + signal.SIGTERM, 128 + signal.SIGKILL)
     assert time.monotonic() - started < 10
 
 
-def test_after_the_machine_was_suspended_beyond_the_ttl_the_command_is_stopped_at_once(
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_service_that_is_away_is_waited_for_and_that_is_told_once(start: Callable[..., Daemon], run: Run) -> None:
+    port = free_port()
+    runner = run("echo", "done", on=f"http://127.0.0.1:{port}")
+    eventually(runner.err)
+    time.sleep(1.5)  # a second try
+
+    start("mock", SERVER_PORT=str(port))
+
+    assert runner.wait() == 0
+    assert runner.out() == "done\n"
+    assert re.fullmatch(r"example.py: no lock yet, trying again: http://127.0.0.1:\d+: .*refused\n", runner.err())
+
+
+def test_pauses_between_failures_grow_to_10_s_and_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
+    lock, pauses = wanted(), list[float]()
+    granted: example.Answer = (201, "1", {"x-lease-ttl": "60s", "x-fencing-token": "1"})
+    answers = iter([*[(500, "away", {})] * 7, granted])
+    monkeypatch.setattr(lock, "request", lambda *a, **h: next(answers))
+    monkeypatch.setattr(time, "sleep", pauses.append)
+
+    assert lock.acquire(math.inf)
+    assert pauses == [1, 2, 4, 8, 10, 10, 10]
+
+
+def test_the_holder_is_told_once_and_again_when_it_changes(run: Run) -> None:
+    holders = [json.dumps({"value": who, "ttl": ttl, "fencing_token": n}) for who, ttl, n in HELD_BY]
+    with stand_in(acquire=["202 0"] * 4, holder=[f"200 {holder}" for holder in holders]) as service:
+        runner = run("true", on=service.url)
+
+        assert runner.wait() == 0
+        assert runner.err().splitlines() == [
+            "example.py: held by 'alice', 9 s left",
+            r"example.py: held by 'b\x1b[31mob', 8 s left",
+        ]
+
+
+HELD_BY = [("alice", 9, 1), ("alice", 8, 1), ("b\x1b[31mob", 8, 2), ("b\x1b[31mob", 7, 2)]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *(
+            "301 elsewhere",
+            "400 \x1b[2Jno more",
+            "401 who?",
+            "403 no",
+            "404 no such path: /lease",
+            "413 too much",
+            "200 <html>",
+        ),
+        *("204", "202 accepted", "SSH-2.0-OpenSSH_9.2\r\n", "HTTP/1.1 what\r\n\r\n"),
+        "HTTP/1.1 201 Created\r\nContent-Length: 4\r\n\r\n4711",  # the Go service before it: no fencing token
+    ],
+)
+def test_what_cannot_get_better_ends_it_with_69_and_the_reason_in_one_line(run: Run, answer: str) -> None:
+    with stand_in(acquire=[answer]) as service:
+        runner = run("echo", "ran", on=service.url)
+
+        assert runner.wait(10) == 69
+        assert runner.out() == ""
+        assert runner.err().count("\n") == 1
+        assert service.url in runner.err()
+        assert answer.partition(" ")[2].strip()[-4:] in runner.err()
+        assert "\x1b" not in runner.err()
+        assert service.asked("POST /lease") == ["POST /lease"]
+
+
+def test_trouble_until_the_wait_is_over_gives_69_and_not_the_conflict_status(run: Run) -> None:
+    runner = run("echo", "ran", on=f"http://127.0.0.1:{free_port()}", options=["-n", "-E", "0"])
+
+    assert runner.wait(10) == 69
+    assert "giving up" in runner.err()
+
+
+def test_a_service_that_stops_and_lets_nobody_wait_does_not_end_the_wait(run: Run) -> None:
+    with stand_in(acquire=["202 0", "202 0", "202 0"]) as service:
+        assert run("true", on=service.url, options=["--wait", "30s"]).wait() == 0
+        asked = [headers.get("x-lease-wait") for what, headers, _ in service.requests if what == "POST /lease"]
+        assert asked[0] is None  # to tell early who holds it
+        assert all(25 < float(str(wait).removesuffix("s")) <= 30 for wait in asked[1:])
+
+
+@pytest.mark.parametrize("lost", [["lost"], ["500 outcome unknown", "lost"], ["502 from a proxy"]])
+def test_a_lost_answer_costs_one_more_request_with_the_same_id(run: Run, lost: list[str]) -> None:
+    with stand_in(acquire=lost) as service:
+        runner = run(*sh("echo $SHARED_LOCK_LEASE"), on=service.url, options=["-n"] if len(lost) == 1 else [])
+
+        assert runner.wait() == 0
+        assert set(service.ids()) == {runner.out().strip()}  # the one that was released, too
+        assert 0 < int(runner.out()) < 2**63
+        assert len(service.asked("POST /lease")) == len(lost) + 1
+
+
+def test_an_id_that_is_in_use_is_never_asked_for_again_nor_released(run: Run) -> None:
+    with stand_in(acquire=["409 in use", "lost", "lost"]) as service:
+        assert run("true", on=service.url, options=["--wait", "1ms"]).wait() == 69
+        assert service.ids().count(service.ids()[0]) == 1
+        assert service.asked()[-1] == "DELETE /lease"
+
+
+@pytest.mark.parametrize("ending", ["a signal", "the end of the wait"])
+def test_a_claim_whose_outcome_is_unknown_is_withdrawn(run: Run, ending: str) -> None:
+    with stand_in(acquire=["silent"] if ending == "a signal" else ["lost", "lost"], release=["silent"]) as service:
+        runner = run("echo", "ran", on=service.url, options=["-n"])
+        eventually(service.asked)
+        if ending == "a signal":
+            runner.process.terminate()
+
+        assert runner.wait(8) == (143 if ending == "a signal" else 69)  # although the release is not answered, either
+        assert service.asked()[-1] == "DELETE /lease"
+        assert len(set(service.ids())) == 1
+        assert runner.out() == ""
+
+
+@pytest.mark.parametrize("answer", ["trickle", "200 trickle", "silent"])
+def test_an_answer_that_never_ends_holds_no_request_beyond_its_time(answer: str) -> None:
+    with stand_in(release=[answer]) as service:
+        threads = threading.active_count()
+        started = time.monotonic()
+
+        assert wanted(service.url).request("DELETE", "/lease", "1", seconds=0.5)[:2] == (0, "no answer in time")
+
+        assert time.monotonic() - started < 2
+        eventually(lambda: threading.active_count() <= threads + 1)  # the stand-in's own
+
+
+def test_a_name_server_that_does_not_answer_holds_no_request_beyond_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    answered = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **more: answered.wait(20) and [])
+    started = time.monotonic()
+
+    assert wanted("http://locks.example").request("GET", "/lease", seconds=0.5)[0] == 0
+
+    assert time.monotonic() - started < 2
+    answered.set()
+
+
+@pytest.mark.parametrize("number", [0, signal.SIGTERM])
+def test_a_release_that_trickles_holds_the_runner_no_longer_than_its_time_out(run: Run, number: int) -> None:
+    with stand_in("6s", release=["trickle"]) as service:
+        runner = run("true", on=service.url)
+        eventually(lambda: service.asked("DELETE"))
+        runner.process.send_signal(number)
+
+        assert runner.wait(5) == 0
+        assert "not released, ends within 6 s" in runner.err()
+
+
+# -- Signals
+
+
+def test_every_signal_that_ends_a_process_is_handed_on_and_none_leaves_the_command_behind(
+    on_memory: Daemon, run: Run, key: str
 ) -> None:
-    granted = example.Answer(201, "4711", {"x-lease-ttl": "3600s", "x-fencing-token": "1"})
-    lease = example.Lease(example.Service("http://127.0.0.1:1"), granted, example.now())
-    process = subprocess.Popen(["sleep", "60"], process_group=0)
+    ends_nothing = "SIG(CHLD|CLD|CONT|URG|WINCH|STOP|TSTP|TTIN|TTOU|PIPE|XFSZ)"  # Python ignores the last two
+    numbers = [one for one in signal.valid_signals() if not re.fullmatch(ends_nothing, getattr(one, "name", ""))]
+    runners = {number: run(*sh("echo $$; exec sleep 100"), options=["--key", f"{key}{number}"]) for number in numbers}
+    commands = {number: int(eventually(runner.out, 30)) for number, runner in runners.items()}
 
-    woken_at = example.now() + 4000
-    monkeypatch.setattr(example, "now", lambda: woken_at)
-    kept = example.guard(process, lease, queue.SimpleQueue())
-    example.stop(process, lease)
+    for number, runner in runners.items():
+        runner.process.send_signal(number)
 
-    assert not kept
-    assert process.returncode in (-signal.SIGTERM, -signal.SIGKILL)
+    for number, runner in runners.items():
+        fatal = number in (signal.SIGKILL, signal.SIGILL, signal.SIGBUS, signal.SIGFPE, signal.SIGSEGV, signal.SIGSYS)
+        assert runner.wait() == (-number if fatal else 128 + number)
+        assert fatal or is_free(on_memory, f"{key}{number}")
+        eventually(lambda command=commands[number]: not lives(command))  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_is_handed_on_and_the_lock_released(
-    on_memory: Daemon, run: Callable[..., Runner], key: str, number: int
-) -> None:
-    name = signal.Signals(number).name[3:]
-    runner = run(*sh(f"trap 'echo {name}; exit 42' {name}; echo started; while :; do sleep 0.05; done"))
+@pytest.mark.parametrize("name", ["TERM", "INT", "HUP", "QUIT", "USR1", "USR2", "ALRM"])
+def test_a_command_may_answer_a_signal_as_it_likes(on_memory: Daemon, run: Run, key: str, name: str) -> None:
+    runner = run(*sh(f"trap 'echo {name}; exit 42' {name}; echo started; sleep 100 & wait"))
     eventually(runner.out)
 
-    runner.process.send_signal(number)
+    runner.process.send_signal(signal.Signals[f"SIG{name}"])
 
     assert runner.wait() == 42
     assert runner.out() == f"started\n{name}\n"
     assert is_free(on_memory, key)
 
 
-def test_a_command_that_ignores_sigterm_keeps_its_lock_until_it_ends(
-    on_memory: Daemon, run: Callable[..., Runner], key: str
-) -> None:
+def test_a_command_that_ignores_sigterm_keeps_its_lock_until_it_ends(on_memory: Daemon, run: Run, key: str) -> None:
     runner = run(*sh("trap '' TERM; echo started; sleep 4; echo done"), ttl="3s")
     eventually(runner.out)
 
@@ -5375,13 +5663,29 @@ def test_a_command_that_ignores_sigterm_keeps_its_lock_until_it_ends(
     assert runner.out() == "started\ndone\n"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_without_a_terminal_a_command_that_is_stopped_keeps_its_lock(
+    on_memory: Daemon, run: Run, folder: Path, key: str
+) -> None:
+    beat = folder / "beat-stopped-lock"
+    runner = run(*sh(STUBBORN), str(beat), ttl="2s", start_new_session=True)
+    eventually(beat.exists)
+
+    runner.process.send_signal(signal.SIGTSTP)
+    eventually(lambda: not beats(beat))
+    time.sleep(2.5)
+    assert not is_free(on_memory, key)
+    runner.process.send_signal(signal.SIGCONT)
+
+    eventually(lambda: beats(beat))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1])
 def test_a_signal_while_waiting_ends_the_wait_and_nothing_is_left_in_line(
-    on_memory: Daemon, run: Callable[..., Runner], key: str, number: int
+    on_memory: Daemon, run: Run, key: str, number: int
 ) -> None:
     other = on_memory.acquire(key).text
     runner = run("echo", "started")
-    eventually(runner.asks)
+    eventually(runner.err)
 
     runner.process.send_signal(number)
 
@@ -5392,38 +5696,250 @@ def test_a_signal_while_waiting_ends_the_wait_and_nothing_is_left_in_line(
     assert on_memory.acquire(key).status == 201
 
 
-def test_a_command_that_dies_by_a_signal_gives_128_and_its_number(run: Callable[..., Runner]) -> None:
-    assert run(*sh("kill -9 $$")).wait() == 137
+def test_a_runner_that_is_killed_takes_all_of_its_command_along(run: Run, folder: Path) -> None:
+    beat = folder / "beat-killed"
+    runner = run(*sh(STUBBORN), str(beat))
+    eventually(beat.exists)
+
+    runner.process.kill()
+
+    eventually(lambda: not beats(beat))
 
 
-@pytest.mark.parametrize(("command", "status"), [("/no/such/command", 127), ("/etc/passwd", 126)])
-def test_a_command_that_cannot_be_started_gives_the_status_of_a_shell_and_frees_the_lock(
-    on_memory: Daemon, run: Callable[..., Runner], key: str, command: str, status: int
-) -> None:
-    runner = run(command)
+def test_under_nohup_a_hangup_ends_neither_the_runner_nor_its_command(run: Run) -> None:
+    runner = run(*sh("echo $$; sleep 1; echo done"), preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    command = int(eventually(runner.out))
 
-    assert runner.wait() == status
-    assert command in runner.err()
-    assert is_free(on_memory, key)
-
-
-def test_what_a_command_leaves_behind_ends_before_the_lock_is_released(run: Callable[..., Runner]) -> None:
-    runner = run(*sh("sleep 1000 & echo $!"))
+    runner.process.send_signal(signal.SIGHUP)
+    os.kill(command, signal.SIGHUP)
 
     assert runner.wait() == 0
-    assert not lives(int(runner.out()))
+    assert runner.out() == f"{command}\ndone\n"
 
 
-def test_a_lock_that_was_lost_unnoticed_is_told_in_the_end(
-    on_memory: Daemon, run: Callable[..., Runner], key: str
+# -- Where it is started: cron, a container, a terminal
+
+
+@pytest.mark.parametrize("closed", ["", "<&-", "<&- >&- 2>&-"])
+def test_in_an_empty_environment_and_with_closed_descriptors_it_works(run: Run, folder: Path, closed: str) -> None:
+    wrote = folder / f"wrote-{next(_numbers)}"
+    runner = run(*sh(f"readlink /proc/$PPID/fd/2 >{wrote}"), env={}, under=["sh", "-c", f'exec "$@" {closed}', "sh"])
+
+    assert runner.wait() == 0
+    assert wrote.read_text().strip() == ("/dev/null" if "2>" in closed else str(runner.err_path))  # and no socket
+
+
+def test_as_pid_1_it_waits_for_orphans_and_takes_no_zombie_for_living(run: Run) -> None:
+    line = "sleep 0.1 & (setsid sleep 0.1 &); exec sleep 0.5"  # which waits for neither
+    started = time.monotonic()
+
+    assert run(*sh(line), under=["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]).wait() == 0
+
+    assert time.monotonic() - started < 5  # SIGKILL would have come after 10 s, for a group that seems to live
+
+
+class Screen:
+    """A terminal with an interactive shell in it."""
+
+    def __init__(self, url: str, key: str) -> None:
+        self.key = re.sub("[^a-z0-9]+", "-", key)
+        self.pid, self._fd = os.forkpty()
+        if not self.pid:
+            runner = f"{shlex.quote(PYTHON)} {HERE}/example.py --url {url} --key {self.key} --ttl 3s --"
+            os.execvpe("sh", ["sh", "-i"], clean_env() | {"PS1": "ready> ", "RUN": runner, "ENV": "", "HISTFILE": ""})
+        self._seen = ""
+        self.wait("ready> ")
+
+    def type(self, text: str) -> None:
+        os.write(self._fd, text.encode())
+
+    def wait(self, pattern: str, seconds: float = 10) -> str:
+        """What was written up to this, and the match at its end."""
+
+        def found() -> re.Match[str] | None:
+            while select.select([self._fd], [], [], 0)[0]:
+                self._seen += os.read(self._fd, 1 << 16).decode()
+            return re.search(pattern, self._seen)
+
+        with contextlib.suppress(AssertionError):
+            match = eventually(found, seconds)
+            before, self._seen = self._seen[: match.end()], self._seen[match.end() :]
+            return str(before)
+        raise AssertionError(f"no {pattern!r} in {self._seen!r}")
+
+    def close(self) -> None:
+        """As when its window is closed: the kernel sends SIGHUP to all of it."""
+        os.kill(self.pid, signal.SIGHUP)
+        os.close(self._fd)
+        os.waitpid(self.pid, 0)
+
+
+@pytest.fixture
+def screen(on_memory: Daemon, key: str) -> Iterator[Screen]:
+    found = Screen(on_memory.url, key)
+    yield found
+    with contextlib.suppress(OSError, ChildProcessError):
+        found.close()
+
+
+@pytest.mark.parametrize("pipe", ["", "| cat", "2>&1 | tee /dev/null"])
+def test_the_command_reads_from_the_terminal(screen: Screen, pipe: str) -> None:
+    screen.type(f"$RUN sh -c 'echo on; read x; echo got $x' {pipe}\n")
+    screen.wait("on\r\n")
+    screen.type("hello\n")
+    screen.wait("got hello\r\n")
+    screen.type("read y; echo back $y\n")  # so does the shell afterwards
+    screen.wait("ready> ")
+    screen.type("home\n")
+    screen.wait("back home\r\n")
+
+
+def test_in_a_pipeline_the_others_may_read_from_the_terminal(screen: Screen) -> None:
+    screen.type("$RUN sh -c 'echo on >&2; sleep 1' | { read x </dev/tty; echo got $x; }\n")
+    screen.wait("on\r\n")
+    screen.type("hello\n")
+    screen.wait("got hello\r\n")
+
+
+@pytest.mark.parametrize(("key_", "status"), [("\x03", 130), ("\x1c", 131)])
+def test_what_is_typed_to_end_the_command_ends_it(screen: Screen, key_: str, status: int) -> None:
+    screen.type("ulimit -c 0; $RUN sh -c 'echo on; exec sleep 100'; echo status $?\n")
+    screen.wait("on\r\n")
+
+    screen.type(key_)
+
+    if status == 131:  # of Ctrl-C the rest of the line ends, too
+        screen.wait("status 131")
+    screen.wait("ready> ")
+    screen.type("echo st=$?\n")
+    screen.wait("st=(130|0)\r\n")
+
+
+@pytest.mark.parametrize("held", ["", "held"])
+def test_ctrl_c_ends_the_loop_around_it_too(on_memory: Daemon, screen: Screen, held: str) -> None:
+    if held:
+        on_memory.acquire(screen.key, "60s", "alice")
+    screen.type("while :; do $RUN sh -c 'echo on; exec sleep 100'; done\n")
+    screen.wait("alice" if held else "on\r\n")
+
+    screen.type("\x03")
+
+    screen.wait("ready> ")
+
+
+@pytest.mark.parametrize("pipe", ["", "| cat"])
+def test_ctrl_z_gives_the_prompt_and_fg_the_command(screen: Screen, pipe: str) -> None:
+    screen.type(f"$RUN sh -c 'echo on; read x; echo got $x' {pipe}\n")
+    screen.wait("on\r\n")
+
+    for _ in range(2):
+        screen.type("\x1a")
+        screen.wait("[Ss]topped.*\n(.*\n)*.*ready> ")
+        screen.type("fg\n")
+        screen.wait("sh -c .*\n")
+        time.sleep(0.5)  # what is typed before it goes on is lost, as in any shell
+    screen.type("hello\n")
+
+    screen.wait("got hello\r\n")
+    screen.wait("ready> ")
+
+
+def test_a_command_whose_lease_ended_while_it_was_stopped_never_goes_on(
+    on_memory: Daemon, screen: Screen, folder: Path
 ) -> None:
-    runner = run(*sh("echo started; sleep 1; exit 3"))
-    eventually(runner.out)
+    beat = folder / "beat-stopped"
+    screen.type(f"$RUN sh -c 'while :; do echo >{beat}; sleep 0.05; done'; echo status $?\n")
+    eventually(beat.exists)
+    screen.type("\x1a")
+    screen.wait("ready> ")
+    last = beat.stat().st_mtime
+    eventually(lambda: is_free(on_memory, screen.key))
 
-    on_memory.release(on_memory.acquire(key).text)
+    screen.type("fg; echo status $?\n")
 
-    assert runner.wait() == 3
-    assert "had been lost" in runner.err()
+    screen.wait("the lock is lost\r\n")
+    screen.wait("status 75\r\n")
+    assert beat.stat().st_mtime == last
+
+
+def test_in_the_background_it_waits_for_fg_to_read(screen: Screen) -> None:
+    screen.type("$RUN sh -c 'read x; echo got $x' &\n")
+    screen.wait("ready> ")
+    time.sleep(1)
+    screen.type("jobs\n")
+    screen.wait("topped.*\n")
+
+    screen.type("fg\n")
+    time.sleep(0.5)
+    screen.type("hello\n")
+
+    screen.wait("got hello\r\n")
+
+
+def test_a_terminal_that_is_closed_ends_the_command(on_memory: Daemon, screen: Screen, folder: Path) -> None:
+    beat = folder / "beat-closed"
+    screen.type(f"$RUN sh -c 'while :; do echo >{beat}; sleep 0.05; done'\n")
+    eventually(beat.exists)
+
+    screen.close()
+
+    eventually(lambda: is_free(on_memory, screen.key))
+    assert not beats(beat)
+
+
+# -- The service: a URL, a token, a certificate; and the command line
+
+
+def test_a_path_in_the_url_leads_those_of_all_requests(run: Run) -> None:
+    with stand_in() as service:
+        runner = run("true", on=service.url + "/team/locks/", options=["-n"])
+
+        assert runner.wait() == 69  # a stand-in knows no such path
+        assert service.asked()[0] == "POST /team/locks/lease"
+
+
+def test_a_proxy_of_the_environment_is_not_asked(on_memory: Daemon, run: Run) -> None:
+    away = f"http://127.0.0.1:{free_port()}"
+    assert run("true", env=clean_env() | {"http_proxy": away, "HTTP_PROXY": away, "all_proxy": away}).wait() == 0
+
+
+def test_url_and_token_file_come_from_the_environment_where_they_are_not_given(folder: Path) -> None:
+    token = folder / "token-env"
+    token.write_text("s3cret\n")
+    with stand_in() as service:
+        env = clean_env() | {"SHARED_LOCK_URL": service.url, "SHARED_LOCK_TOKEN_FILE": str(token)}
+        assert Runner(folder, "--key", "k", "--", "true", env=env).wait() == 0
+
+        assert [headers["authorization"] for _, headers, _ in service.requests] == ["Bearer s3cret"] * 2
+
+
+@pytest.mark.parametrize(("renewed", "status"), [("new", 0), ("old", 69)])
+def test_a_401_is_asked_again_once_if_the_token_was_renewed_since(
+    folder: Path, run: Run, renewed: str, status: int
+) -> None:
+    token = folder / f"token-{renewed}"
+    token.write_text("old")
+    with stand_in(acquire=["500 slow", "401 who?"]) as service:
+        runner = run("true", on=service.url, options=["--token-file", str(token)])
+        service.before_answer = lambda: token.write_text(renewed) if len(service.requests) == 2 else None
+
+        assert runner.wait() == status
+        sent = [headers["authorization"] for what, headers, _ in service.requests if what == "POST /lease"]
+        assert sent == ["Bearer old", "Bearer old", "Bearer new"][: 3 if renewed == "new" else 2]
+
+
+def test_a_certificate_is_judged_by_the_ca_file_and_refused_at_once_without(folder: Path, run: Run) -> None:
+    pem = folder / "runner.pem"
+    make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=x -addext"
+    subprocess.run([*make.split(), "subjectAltName=IP:127.0.0.1", "-keyout", pem, "-out", pem], check=True, stderr=-3)
+    pem.write_text(pem.read_text() + subprocess.check_output(["openssl", "x509", "-in", pem], text=True))
+    with stand_in(tls=pem) as service:
+        assert run("true", on=service.url, options=["--ca-file", str(pem)]).wait() == 0
+
+        refused = run("true", on=service.url)
+        assert refused.wait(5) == 69
+        assert "certificate verify failed" in refused.err()
+        assert refused.err().count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -5433,17 +5949,21 @@ def test_a_lock_that_was_lost_unnoticed_is_told_in_the_end(
         (["--key", ""], "--key: missing"),
         (["--key", "k", "--url", "localhost:8080"], "--url: not a URL such as http://localhost:8080: 'localhost:8080'"),
         (["--key", "k", "--url", "http://localhost:x"], "--url: "),
+        (["--key", "k", "--url", "http://h/?a=b"], "--url: "),
+        (["--key", "k", "--url", "http://me:s3cret@h"], "see --token-file"),
+        (["--key", "k", "--url", "htp:/me:s3cret@[h"], "see --token-file"),
         (["--key", "k", "--ttl", "soon"], "--ttl: not a duration such as 15s or 1m30s: 'soon'"),
         (["--key", "k", "--ttl", "15 s"], "--ttl: not a duration"),
-        (["--key", "k", "--ttl", "0s"], "x-lease-ttl: not more than 0"),
-        (["--key", "k", "--ttl", "5parsecs"], "x-lease-ttl: not a duration"),
+        (["--key", "k", "--ttl", "0s"], "--ttl: not more than 0"),
+        (["--key", "k", "--wait", "1m30"], "--wait: not a duration"),
+        (["--key", "k", "-E", "256"], "not 0 to 255"),
+        (["--key", "k", "--token-file", "/no/such"], "'/no/such'"),
+        (["--key", "k", "--url", "https://h", "--ca-file", "/no/such"], "'/no/such'"),
         (["--key", "k", "job.sh"], "unrecognized arguments: job.sh"),
     ],
 )
-def test_a_wrong_call_of_the_runner_is_told_in_one_line(
-    on_memory: Daemon, arguments: list[str], complaint: str
-) -> None:
-    command = [PYTHON, str(HERE / "example.py"), "--url", on_memory.url, *arguments, "--", "echo", "ran"]
+def test_a_wrong_call_of_the_runner_is_told_in_one_line(arguments: list[str], complaint: str) -> None:
+    command = [PYTHON, str(HERE / "example.py"), *arguments, "--", "echo", "ran"]
 
     done = subprocess.run(command, capture_output=True, text=True, env=clean_env(), timeout=20)
 
@@ -5452,78 +5972,34 @@ def test_a_wrong_call_of_the_runner_is_told_in_one_line(
     assert usage.startswith("usage: ")
     assert complaint in line
     assert line.count("\n") == 1
+    assert "s3cret" not in done.stderr
 
 
-def test_a_command_of_nothing_is_a_wrong_call() -> None:
-    done = subprocess.run([PYTHON, str(HERE / "example.py"), "--key", "k", "--"], capture_output=True, text=True)
+@pytest.mark.parametrize("arguments", [["--key", "k", "--"], ["--key", "k"]])
+def test_a_command_of_nothing_is_a_wrong_call(arguments: list[str]) -> None:
+    done = subprocess.run([PYTHON, str(HERE / "example.py"), *arguments], capture_output=True, text=True)
 
     assert done.returncode == 2
     assert "no command after --" in done.stderr
 
 
-def test_without_a_command_the_example_demonstrates_itself(on_memory: Daemon) -> None:
-    command = [sys.executable, str(HERE / "example.py"), "--url", on_memory.url]
+def test_help_lists_the_exit_statuses_and_what_the_command_gets() -> None:
+    text = subprocess.run([PYTHON, str(HERE / "example.py"), "--help"], capture_output=True, text=True).stdout
 
-    done = subprocess.run(command, capture_output=True, text=True, env=clean_env(), timeout=30)
-
-    lines = done.stdout.splitlines()
-    assert done.returncode == 0, done.stderr
-    assert [line.partition(" ")[2].partition(" ")[2] for line in lines[1::2]] == ["has done its job"] * 3
-    tokens = [int(line.rpartition(" ")[2]) for line in lines[::2]]
-    assert tokens == sorted(set(tokens))
-    assert sorted(line[:8] for line in lines[::2]) == ["runner A", "runner B", "runner C"]
-    assert [line[:8] for line in lines[::2]] == [line[:8] for line in lines[1::2]]
+    assert re.findall(r"^  (\d+) ", text, re.MULTILINE) == ["2", "69", "73", "75", "126"]
+    for word in ("127", "128 + N", "SHARED_LOCK_FENCING_TOKEN", "SHARED_LOCK_LEASE", "SHARED_LOCK_KEY"):
+        assert word in text
 
 
-def test_the_example_imports_only_the_standard_library() -> None:
-    imported = {
-        name.partition(".")[0]
-        for node in ast.walk(ast.parse((HERE / "example.py").read_text()))
-        for name in (
-            [alias.name for alias in node.names]
-            if isinstance(node, ast.Import)
-            else [node.module or ""]
-            if isinstance(node, ast.ImportFrom)
-            else []
-        )
-    }
+def test_the_example_is_one_short_file_of_the_standard_library() -> None:
+    source = (HERE / "example.py").read_text()
+    nodes = list(ast.walk(ast.parse(source)))
+    imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
 
-    assert "http" in imported
-    assert imported <= sys.stdlib_module_names
-
-
-@contextlib.contextmanager
-def stand_in(*keepalives: str, granted: str) -> Iterator[tuple[str, list[str]]]:
-    """A service that grants every lock and answers the first keepalives as told ("500 text"), all others well.
-
-    Gives its URL and the list of requests, which grows.
-    """
-    requests: list[str] = []
-    to_say = list(keepalives)
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def answer(self) -> None:
-            requests.append(f"{self.command} {self.path}")
-            status, text, headers = "200", "", {"x-lease-ttl": granted}
-            if requests[-1] == "POST /lease":
-                status, text, headers = "201", "4711", headers | {"x-fencing-token": "1"}
-            elif requests[-1] == "POST /keepalive" and to_say:
-                status, _, text = to_say.pop(0).partition(" ")
-            self.send_response(int(status))
-            for name, value in headers.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(text.encode())
-
-        do_POST = do_DELETE = answer
-
-        def log_message(self, *arguments: object) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}", requests
-        server.shutdown()
+    assert "http.client" in imported
+    assert {name.partition(".")[0] for name in imported} <= sys.stdlib_module_names
+    assert source.count("\n") <= 400
 
 
 # == Dockerfile and kubernetes-example.yaml: what can be checked as text ==============================================
