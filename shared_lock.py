@@ -37,6 +37,7 @@ import errno
 import functools
 import gc
 import http
+import http.server
 import itertools
 import json
 import math
@@ -49,6 +50,7 @@ import secrets
 import select
 import signal
 import socket
+import socketserver
 import ssl
 import struct
 import sys
@@ -82,7 +84,7 @@ OWN_SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.
 # == Log: one event, one line ========================================================================================
 
 DEBUG, INFO, WARNING, ERROR = "debug", "info", "warning", "error"
-_PLAIN = re.compile(r"[\w.:/@,+\[\]-]+")  # a value that needs no quotes
+_PLAIN = re.compile(r"[\w.:/@,+\[\]-]{1,500}")  # a value that needs no quotes; longer ones are cut by quote()
 
 
 class Log:
@@ -101,12 +103,12 @@ class Log:
         now = time.time()  # the logging module takes 5 µs longer for a line
         stamp = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now))}.{int(now % 1 * 1000):03}Z"
         words = [f" {k}={v if _PLAIN.fullmatch(str(v)) else quote(v)}" for k, v in {"event": name, **shown}.items()]
-        line = f"time={stamp} level={level}{''.join(words)}"[:1000]
+        line = f"time={stamp} level={level}{''.join(words)}"
         with self._mutex:
             lost = f" lines_lost={self.dropped - self._told}" if self.dropped > self._told else ""
             with contextlib.suppress(OSError):  # nobody will ever read it
                 if select.select([], [2], [], 0)[1]:  # a pipe with room takes 4,096 bytes without blocking (PIPE_BUF)
-                    os.write(2, f"{line}{lost}\n".encode())
+                    os.write(2, f"{line}{lost}".encode()[:4095] + b"\n")
                     self._told = self.dropped
                     return
             self.dropped += 1
@@ -190,6 +192,9 @@ class Address(NamedTuple):
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    def url(self, tls: bool = False) -> str:
+        return f"{'https' if self.tls or tls else 'http'}://{self}"
 
 
 def deadline_after(timeout: float) -> float:
@@ -358,9 +363,9 @@ class Renewed(Generic[Item]):
                     event(WARNING, "files not renewed, the old stay in force", reason=fault)
             return self._current
 
-    def _look(self) -> list[tuple[int, int]] | None:
-        with contextlib.suppress(OSError):
-            return [(status.st_mtime_ns, status.st_ino) for status in map(os.stat, self._paths)]
+    def _look(self) -> list[tuple[float, ...]] | None:
+        with contextlib.suppress(OSError):  # the last: what has just changed is read again, since it may change more
+            return [(at.st_mtime_ns, at.st_ino, at.st_mtime > time.time() - 0.1) for at in map(os.stat, self._paths)]
         return None  # one is missing
 
 
@@ -580,35 +585,37 @@ def render(response: Response, request: Request | None, keep_alive: bool) -> byt
     return data if request and request.method == "HEAD" else data + response.body
 
 
-class Connection:
-    def __init__(self, server: Server, sock: socket.socket, address: tuple[Any, ...]) -> None:
-        self.server, self.wire = server, Wire(sock)
-        self.client = str(Address(address[0].removeprefix("::ffff:"), address[1]))
-        self.doing = ""  # what is read or answered; empty while it is silent
+class Connection(socketserver.BaseRequestHandler):
+    """Serves one connection in its own thread, request by request."""
 
-    def serve(self) -> None:
-        self.server.connections.add(self)
+    server: Server
+
+    def setup(self) -> None:
+        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.wire = Wire(self.request)
+        self.client = str(Address(self.client_address[0].removeprefix("::ffff:"), self.client_address[1]))
+        self.doing = ""  # what is read or answered; empty while it is silent
+        self.head: Request | None = None  # of the latest request, as soon as it could be read
+        self.server.connections[self.request] = self
+
+    def handle(self) -> None:
         try:
-            self.wire.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if self.server.tls:  # in our own thread: a caller that never shakes hands stops nobody else
-                context = self.server.tls.get()
-                wrapped = context.wrap_socket(self.wire.sock, server_side=True, do_handshake_on_connect=False)
-                self.wire.sock = wrapped  # before it shakes hands, so that a stop can end that
-                wrapped.settimeout(self.server.config.server_read_timeout or None)
-                wrapped.do_handshake()
+                tls = self.server.tls.get().wrap_socket(self.request, server_side=True, do_handshake_on_connect=False)
+                self.wire.sock = tls  # before it shakes hands, so that a stop can end that
+                tls.settimeout(self.server.config.server_read_timeout or None)
+                tls.do_handshake()
             while self._serve_one():
                 pass
-        except (EOFError, OSError) as fault:  # the caller has gone, or idled too long
-            if self.doing or isinstance(fault, ssl.SSLError):
+        except (EOFError, OSError) as fault:  # the caller has gone, or idled too long, or looked for an open port
+            if self.doing or (isinstance(fault, ssl.SSLError) and not isinstance(fault, ssl.SSLEOFError)):
                 event(DEBUG, "connection lost", client=self.client, doing=self.doing, reason=reason(fault))
-        except Exception as fault:  # a defect of ours
-            event(ERROR, "connection failed", **_defect(fault))
-        finally:
-            with contextlib.suppress(OSError, ValueError), self.wire.sock as sock:
-                if isinstance(sock, ssl.SSLSocket):
-                    sock.settimeout(0)
-                    sock.unwrap()  # says goodbye, and does not wait for the answer
-            self.server.connections.discard(self)
+
+    def finish(self) -> None:
+        if isinstance(self.wire.sock, ssl.SSLSocket):  # which the server does not know
+            with contextlib.suppress(OSError, ValueError), self.wire.sock as tls:
+                tls.settimeout(0)
+                tls.unwrap()  # says goodbye, and does not wait for the answer
 
     def shutdown(self, how: int) -> None:
         """Ends one half of the connection. After SHUT_RD, a request that has arrived already is still answered."""
@@ -638,7 +645,7 @@ class Connection:
 
     def _await_request(self) -> None:
         """Waits for a request's first byte, after empty lines (RFC 9112, 2.2); in a stop, only for a moment."""
-        self.doing = ""
+        self.doing, self.head = "", None
         deadline = deadline_after(self.server.config.server_idle_timeout)
         while not (unread := self.wire.buffer.lstrip(b"\r\n")):
             self.wire.buffer.clear()
@@ -649,20 +656,20 @@ class Connection:
     def _read_request(self, deadline: float) -> Request:
         data = self.wire.head(deadline)
         parse = parse_head if len(data) < 1024 else parse_head.__wrapped__  # long heads are not worth the memory
-        request = parse(data)
+        self.head = request = parse(data)
         self.server.authorize(request)
         length = body_length(request.headers, MAX_BODY_BYTES)
         waits = request.headers.get("expect", "").lower() == "100-continue" and request.version != "HTTP/1.0"
         if waits and length != 0 and not self.wire.buffer:
             self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = self.wire.body(length, MAX_BODY_BYTES, deadline)
-        return request._replace(body=body, client=self.client, hung_up=self._hung_up)
+        return Request(*request[:6], body, self.client, self._hung_up)
 
     def _refuse(self, fault: BadRequest) -> bool:
         """Answers what could not be read as a request. The rest of the stream means nothing, so the connection ends:
         our half first, the whole a moment later, since closing with bytes unread would destroy the answer."""
         event(DEBUG, "request refused", client=self.client, status=fault.status, reason=fault)
-        self.server.api.count("other", "other", fault.status)
+        self.server.api.count(self.head, fault.status)
         self._send(render(error(fault), None, keep_alive=False))
         self.shutdown(socket.SHUT_WR)
         deadline = time.monotonic() + 1
@@ -681,31 +688,44 @@ class Connection:
         return bool(poll.poll(0))
 
 
-class Server:
+class Server(http.server.ThreadingHTTPServer):
     """Accepts connections and knows which are open, so that it can stop without losing a request."""
+
+    daemon_threads, block_on_close = True, False  # its end waits for no silent client; stop() waits for the others
+    timeout = 0.1  # seconds: how late handle_request() notices a signal that another thread received
 
     def __init__(self, config: Config, api: Api) -> None:
         """Listens on the configured address. Raises OSError or ConfigError."""
         self.config, self.api = config, api
         self.silent_until = math.inf  # until it stops; then, when a connection without a request is closed
-        self.connections: set[Connection] = set()  # each adds and discards itself, which is atomic, as list() is
+        self.connections: dict[Any, Connection | None] = {}  # by socket; None: it has no thread yet
         names = ("server_client_ca_path", "server_cert_path", "server_key_path")
         self.tls = tls_context(config, ssl.Purpose.CLIENT_AUTH, *names) if config.server_cert_path else None
         self._tokens = Renewed(self._read_tokens, config.server_token_path) if config.server_token_path else None
-        self.socket = listen(config.server_host, config.server_port)
-        self.socket.settimeout(0.1)  # seconds: how late a signal is noticed that another thread received
+        listener = listen(config.server_host, config.server_port)
+        # TCPServer's own __init__ would make a socket for one family, and HTTPServer's look up our name in the DNS.
+        socketserver.BaseServer.__init__(self, listener.getsockname(), Connection)
+        self.socket = listener
 
-    def handle_request(self) -> bool:
-        """Accepts a connection, and gives it a thread of its own; False if there is none, or no means to serve it."""
+    def get_request(self) -> tuple[socket.socket, Any]:
         try:
-            connection = Connection(self, *self.socket.accept())
-            threading.Thread(target=connection.serve, daemon=True).start()
-        except (OSError, RuntimeError) as fault:  # RuntimeError: no thread is to be had
-            if isinstance(fault, RuntimeError) or fault.errno in OWN_SHORTAGES:
+            return super().get_request()
+        except OSError as fault:
+            if fault.errno in OWN_SHORTAGES:
                 event(ERROR, "accept failed", reason=reason(fault))
                 time.sleep(0.1)  # seconds; without it the loop would spin
-            return False
-        return True
+            raise
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self.connections[request] = None  # before its thread runs: a stop must not miss it
+        super().process_request(request, client_address)
+
+    def close_request(self, request: Any) -> None:
+        super().close_request(request)
+        self.connections.pop(request, None)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        event(ERROR, "connection failed", **_defect(sys.exception()))
 
     def _read_tokens(self) -> list[bytes]:
         with self.config.usable("server_token_path", "a file with a token a line") as path, open(path, "rb") as file:
@@ -727,17 +747,18 @@ class Server:
         `timeout` seconds (0: never) cuts what is left. Locks stay with their holders."""
         self.silent_until = time.monotonic() + SILENT_SECONDS
         deadline = deadline_after(timeout)
-        self.socket.settimeout(0)
-        while self.handle_request():  # all that were let in
-            pass
+        self.socket.setblocking(False)
+        with contextlib.suppress(OSError, RuntimeError):  # all that were let in are served, or there is no means to
+            while True:
+                self.process_request(*self.get_request())
         self.socket.close()
         self.api.service.dismiss_waiting()
         self._await_closed(min(self.silent_until, deadline))
-        for connection in list(self.connections):
+        for connection in filter(None, list(self.connections.values())):
             if not connection.doing:
                 connection.shutdown(socket.SHUT_RD)
         self._await_closed(deadline)
-        for connection in list(self.connections):
+        for connection in filter(None, list(self.connections.values())):
             event(WARNING, "connection cut", client=connection.client, doing=connection.doing or "nothing")
 
     def _await_closed(self, deadline: float) -> None:
@@ -757,9 +778,9 @@ def listen(host: str, port: int) -> socket.socket:
     return socket.create_server(address, family=family, backlog=1024)
 
 
-def _defect(fault: BaseException) -> dict[str, object]:
+def _defect(fault: BaseException | None) -> dict[str, object]:
     """An error that nobody expected, for the log: what, and where."""
-    frame = traceback.extract_tb(fault.__traceback__)[-1]
+    frame = traceback.extract_tb(fault.__traceback__ if fault else None)[-1]
     return {"error": repr(fault), "at": f"{os.path.basename(frame.filename)}:{frame.lineno}"}
 
 
@@ -779,7 +800,7 @@ class Api:
             "/keepalive": {"POST": self.renew},
             "/health": {"GET": lambda request: Response(200, b"ok\n")},
             "/ready": {"GET": self.ready},
-            "/metrics": {"GET": self.expose_metrics},
+            "/metrics": {"GET": lambda request: Response(200, metrics.render().encode(), f"{TEXT}; version=0.0.4")},
         }
         if config.pprof_enabled:
             self._routes |= {f"/debug/pprof/{name}": {"GET": page} for name, page in PROFILES.items()}
@@ -799,13 +820,15 @@ class Api:
         except Exception as fault:  # a defect of ours; the caller deserves an answer all the same
             event(ERROR, "internal error", path=request.path, **_defect(fault))
             response = error(BadRequest("internal error: see the log of shared-lock", 500))
-        self.count(request.path if methods else "other", request.method if handler else "other", response.status)
+        self.count(request, response.status)
         event(DEBUG, "request", client=request.client, method=request.method, path=request.path, status=response.status)
         return response
 
-    def count(self, path: str, method: str, status: int) -> None:
+    def count(self, request: Request | None, status: int) -> None:
         """A request that was answered. A caller's own words never become labels."""
-        self._metrics.count(REQUESTS, path=path, method=method, code=status)
+        path = request.path if request and request.path in self._routes else "other"
+        known = request and request.method.replace("HEAD", "GET") in self._routes.get(path, ())
+        self._metrics.count(REQUESTS, path=path, method=request.method if request and known else "other", code=status)
 
     def _no_handler(self, request: Request, methods: Mapping[str, object]) -> Response:
         if not methods:
@@ -846,7 +869,7 @@ class Api:
 
     def renew(self, request: Request) -> Response:
         must_exist = _precondition(request, "if-match", "if-none-match")
-        ttl = self.service.renew(lease := parse_lease(request.body))
+        ttl = self.service.renew(lease := parse_lease(request.body), request.client)
         return Response(200, headers=(("x-lease-ttl", f"{ttl}s"),)) if ttl else _gone(lease, must_exist)
 
     def release(self, request: Request) -> Response:
@@ -857,23 +880,20 @@ class Api:
     def look(self, request: Request) -> Response:
         query = _query(request)
         if "prefix" in query and "key" not in query:
-            locks, more = self.service.list_locks(query["prefix"])
+            locks, more = self.service.storage.list_locks(query["prefix"])
             lines = [_json_line(key=key, value=one.value, fencing_token=one.token) for key, one in locks]
             lines += [_json_line(more=True)] if more else []
             return Response(200, b"".join(lines), "application/x-ndjson")
         if not query.get("key") or "prefix" in query:
             raise BadRequest("key: missing in the query, as in /lease?key=nightly, or a prefix alone, /lease?prefix=")
-        if (one := self.service.look(key := query["key"])) is None:
+        if (one := self.service.storage.look(key := query["key"])) is None:
             raise BadRequest(f"key: free: {quote(key)}", 404)
         line = _json_line(key=key, value=one.value, ttl=one.ttl, granted_ttl=one.granted_ttl, fencing_token=one.token)
         return Response(200, line, "application/json")
 
     def ready(self, request: Request) -> Response:
-        self.service.check()
+        self.service.storage.check()
         return Response(200, b"ok\n")
-
-    def expose_metrics(self, request: Request) -> Response:
-        return Response(200, self._metrics.render().encode(), "text/plain; version=0.0.4; charset=utf-8")
 
 
 def _precondition(request: Request, name: str, other: str) -> bool:
@@ -961,46 +981,50 @@ class LockService:
     """Locks over a storage. All methods may be called from any thread."""
 
     def __init__(self, storage: Storage, metrics: Metrics) -> None:
-        self._storage, self._metrics = storage, metrics
+        self.storage, self._metrics = storage, metrics
         self._mutex = threading.Lock()  # owns who waits
         self._waiting: dict[str, list[threading.Event]] = {}  # by key; set: ask the storage now
         self._dismissed = False
-        self.look, self.list_locks, self.check = storage.look, storage.list_locks, storage.check
         metrics.sources.append(self._count_waiting)
 
     def acquire(self, wanted: LockRequest) -> Grant | Holder:
         """Takes the lock, or tells who holds it when the caller waits no longer. Raises StorageError (not acquired),
         OutcomeUnknown, BadRequest, or EOFError (the caller has gone)."""
-        with contextlib.closing(self._turns(wanted)) as turns:
-            for _ in turns:
-                started = time.monotonic()
-                outcome = self._ask("get", self._storage.acquire, wanted, key=wanted.key, client=wanted.client)
-                took = time.monotonic() - started
-                if isinstance(outcome, Grant):
-                    break
-        self._metrics.observe_grant(took)
-        self._metrics.count(LEASES, operation="get", status="created" if isinstance(outcome, Grant) else "accepted")
-        if isinstance(outcome, Holder):
+        outcome, took = self._try(wanted)
+        if wanted.wait and isinstance(outcome, Holder):
+            with contextlib.closing(self._turns(wanted)) as turns:
+                while isinstance(outcome, Holder) and next(turns, False):
+                    outcome, took = self._try(wanted)
+        if isinstance(outcome, Grant):
+            self._metrics.count(LEASES, operation="get", status="created")
+            shown = {"ttl": outcome.ttl, "token": outcome.token, "value": wanted.value, "client": wanted.client}
+            event(INFO, "granted", key=wanted.key, lease=outcome.lease, **shown)
+            if wanted.wait and wanted.hung_up():
+                self.take_back(wanted, outcome.lease)
+                raise EOFError("the caller hung up")
+        else:
+            self._metrics.count(LEASES, operation="get", status="accepted")
             event(DEBUG, "refused", key=wanted.key, client=wanted.client, holder=outcome.lease)
-            return outcome
-        shown = {"ttl": outcome.ttl, "token": outcome.token, "value": wanted.value, "client": wanted.client}
-        event(INFO, "granted", key=wanted.key, lease=outcome.lease, **shown)
-        if wanted.wait and wanted.hung_up():
-            self.take_back(wanted, outcome.lease)
-            raise EOFError("the caller hung up")
+        self._metrics.observe_grant(took)
         return outcome
 
-    def renew(self, lease: int) -> int:
+    def _try(self, wanted: LockRequest) -> tuple[Grant | Holder, float]:
+        """The outcome, and the seconds that it took."""
+        started = time.monotonic()
+        outcome = self._ask("get", self.storage.acquire, wanted, key=wanted.key, client=wanted.client)
+        return outcome, time.monotonic() - started
+
+    def renew(self, lease: int, client: str) -> int:
         """Starts the lease's ttl again and returns it; 0 where etcd knows that it is gone. Raises StorageError."""
-        ttl = self._ask("prolong", self._storage.renew, lease, lease=lease)
+        ttl = self._ask("prolong", self.storage.renew, lease, lease=lease, client=client)
         self._metrics.count(LEASES, operation="prolong", status="success" if ttl else "failure")
         if not ttl:
-            event(INFO, "lease is gone", lease=lease)
+            event(INFO, "lease is gone", lease=lease, client=client)
         return ttl
 
     def release(self, lease: int, client: str) -> bool:
         """Ends the lease, which frees its key at once; False where there is nothing of ours. Raises StorageError."""
-        keys = self._ask("release", self._storage.release, lease, lease=lease, client=client)
+        keys = self._ask("release", self.storage.release, lease, lease=lease, client=client)
         self._metrics.count(LEASES, operation="release", status="failure" if keys is None else "success")
         for key in keys or ():
             event(INFO, "released", key=key, lease=lease, client=client)
@@ -1023,14 +1047,11 @@ class LockService:
             event(WARNING, "storage failed", operation=operation, reason=fault, **shown)
             raise
 
-    def _turns(self, wanted: LockRequest) -> Generator[None, None, None]:
-        """Yields whenever this caller should ask the storage: at once, and until its wait is over. Raises EOFError.
-        Of those that wait for a key only the first asks, so many cost as much as one: every POLL_SECONDS, and at once
-        after a release through this replica. Nobody holds a lease or writes while waiting. This is no fair queue:
-        whoever asks in the moment when a key is free gets it, here or through another replica."""
-        yield
-        if not wanted.wait:
-            return
+    def _turns(self, wanted: LockRequest) -> Generator[bool, None, None]:
+        """Yields whenever this caller should ask the storage again, until its wait is over. Raises EOFError. Of those
+        that wait for a key only the first asks: every POLL_SECONDS, and at once after a release through this replica.
+        Nobody holds a lease or writes while waiting. This is no fair queue: whoever asks in the moment when a key is
+        free gets it, here or through another replica."""
         # A second early: a proxy that cuts at 60 s would otherwise cut the answer to a wait of 60 s.
         deadline = time.monotonic() + min(wanted.wait, MAX_WAIT_SECONDS - 1)
         mine = threading.Event()
@@ -1045,7 +1066,7 @@ class LockService:
                     raise EOFError("the caller hung up")
                 if (woken or first) and not self._dismissed:
                     mine.clear()
-                    yield
+                    yield True
         finally:
             with self._mutex:
                 waiting.remove(mine)
@@ -1086,7 +1107,7 @@ class _Entry:
 class Cache:
     """Refuses from memory while a key is known to be held: it can delay a grant and never cause one. An entry ends
     before its lease can, since it counts from the moment the storage was *asked*. Answers may overtake each other: the
-    larger fencing token is the newer holder, and a lease that was seen to end is never believed again. The LRU is
+    larger fencing token is the newer holder, and what was seen to end is never believed again. The LRU is
     functools'; the index by lease is weak, so that it keeps nothing alive that the LRU dropped."""
 
     def __init__(
@@ -1096,7 +1117,8 @@ class Cache:
         self._mutex = threading.Lock()  # owns the two below: by itself, lru_cache gives two threads two entries
         self._entry = functools.lru_cache(maxsize=size)(lambda key: _Entry())
         self._by_lease: weakref.WeakValueDictionary[int, _Entry] = weakref.WeakValueDictionary()
-        self.look, self.list_locks, self.check = storage.look, storage.list_locks, storage.check
+        self.look, self.list_locks = storage.look, storage.list_locks
+        self.check, self.start = storage.check, storage.start
         metrics.sources.append(self._evictions)
 
     def acquire(self, wanted: LockRequest) -> Grant | Holder:
@@ -1144,7 +1166,7 @@ class Cache:
             return
         with self._mutex:
             entry = self._entry(key)
-            if found.token < entry.token or found.lease == entry.ended:
+            if found.token < entry.token + (entry.ends == -math.inf) or found.lease == entry.ended:
                 return
             self._metrics.count(CACHE, operation="set", status="update" if entry.token else "success")
             self._by_lease.pop(entry.lease, None)
@@ -1227,6 +1249,9 @@ class MemoryStorage:
     def check(self) -> None:
         """Returns if the storage can serve."""
 
+    def start(self) -> object:
+        """Begins to look after what the storage needs."""
+
     def _alive(self) -> dict[str, _Lock]:
         """The locks by key, once those that have ended are forgotten."""
         now = self._clock()
@@ -1259,7 +1284,7 @@ class EtcdStorage:
     """Locks in etcd. Every operation is safe to repeat, and is repeated until etcd answers or its time is up."""
 
     def __init__(self, gateway: Gateway, timeout: float) -> None:
-        self._gateway = gateway
+        self._gateway, self.start = gateway, gateway.start
         self._timeout = timeout  # seconds for one operation, all tries together
         self._holders = Combiner(gateway.holders, lambda key: part_of_call(len(key)))
         self._claims = Combiner(gateway.claim, lambda claim: part_of_call(len(claim.key) + len(claim.value)))
@@ -1280,27 +1305,30 @@ class EtcdStorage:
         elif holder:
             return holder
         claim = wanted._replace(lease=wanted.lease or new_lease_id())
-        ttl = self._grant(wanted, claim, deadline)
+        ttl, made = self._grant(wanted, claim, deadline)
         # A lease that may end under a slow etcd goes alone: etcd would refuse all that share the call.
         ask = self._claims.ask if ttl > self._timeout else self._gateway.claim_alone
         try:
             winner = self._insist(ask, claim, deadline)
         except StorageError as fault:
-            if self._end_lease(wanted, claim.lease, ttl, deadline):
+            settled = not (wanted.lease and isinstance(fault, OutcomeUnknown))
+            if made and settled and self._end_lease(wanted, claim.lease, ttl, deadline):
                 raise StorageError(str(fault)) from fault  # not unknown: without its lease there is no lock
             raise
         if winner.lease == claim.lease:
             return Grant(claim.lease, ttl, winner.token)
-        self._end_lease(wanted, claim.lease, ttl, deadline)
+        if made:
+            self._end_lease(wanted, claim.lease, ttl, deadline)
         return winner
 
-    def _grant(self, wanted: LockRequest, claim: LockRequest, deadline: float) -> int:
-        """The granted ttl of the lease to claim with."""
+    def _grant(self, wanted: LockRequest, claim: LockRequest, deadline: float) -> tuple[int, bool]:
+        """The granted ttl of the lease to claim with; whether this request made it, and ends it if it fails."""
         try:
             if ttl := self._insist(self._gateway.grant, claim, deadline):
-                return ttl
+                return ttl, True
         except OutcomeUnknown as fault:  # at worst there is a lease without a key
-            self._end_lease(wanted, claim.lease, wanted.ttl, deadline)
+            if not wanted.lease:
+                self._end_lease(wanted, claim.lease, wanted.ttl, deadline)
             raise StorageError(str(fault)) from fault
         # It exists: by a try of ours whose answer is lost, or by an earlier request of this caller.
         found = self._insist(self._gateway.time_to_live, claim.lease, deadline, reads=True)
@@ -1308,7 +1336,7 @@ class EtcdStorage:
             raise BadRequest(f"x-lease-id: in use for something else: {claim.lease}", 409)
         if not found or not (ttl := self._insist(self._renewals.ask, claim.lease, deadline)):
             raise StorageError("the lease ended before it was used")
-        return ttl
+        return ttl, not wanted.lease
 
     def renew(self, lease: int) -> int:
         return self._insist(self._renewals.ask, lease, deadline_after(self._timeout))
@@ -1352,14 +1380,16 @@ class EtcdStorage:
                     raise unknown or StorageError(str(fault)) from fault
 
     def _end_lease(self, wanted: LockRequest, lease: int, ttl: int, deadline: float) -> bool:
-        """Cleans up after an acquire that failed, in the background if need be: True if the lease is gone. One that the
-        caller chose stays to its ttl: a repetition may have got the lock with it since."""
+        """Cleans up after an acquire that failed: True if the lease is gone, else the background goes on. One that the
+        caller chose is ended in one try, and only without a key: a repetition may have got the lock with it."""
         try:
             if not wanted.lease:
                 self._insist(self._gateway.revoke, lease, deadline)
-            return not wanted.lease
+            elif (found := self._gateway.time_to_live(lease, deadline)) and not found[2]:
+                self._gateway.revoke(lease, deadline)
+            return True
         except StorageError:
-            if self._doomed.qsize() < MAX_DOOMED:
+            if not wanted.lease and self._doomed.qsize() < MAX_DOOMED:
                 self._doomed.put((time.monotonic() + ttl, lease))
             return False
 
@@ -1376,7 +1406,6 @@ class EtcdStorage:
 
 
 # == Combiner: one call for all that wait ============================================================================
-#
 # A read costs etcd 407 µs of CPU alone and 13 µs as one of 64 in a call. While one call is under way, later callers
 # gather in the batch that is open; when the call is back, one of them makes the next, in its own thread. There is no
 # dispatcher thread, and a lone caller pays nothing.
@@ -1396,10 +1425,9 @@ class _Batch(Generic[Item]):
 
 
 class Combiner(Generic[Item, Answer]):
-    """Makes calls that carry the items of several callers. `call(items, deadline)` returns one answer for each item, in
-    order; an exception among them is raised to its caller. `share(item)` is the part of a call that an item takes up: a
-    call carries at most 1. An item only joins a call that has not started, so a read is never older than its request.
-    """
+    """Makes calls that carry the items of several callers. `call(items, deadline)` returns an answer for each, in order;
+    an exception among them is raised to its caller. `share(item)` is the part of a call that it takes up, at most 1 in
+    all. An item only joins a call that has not started, so a read is never older than its request."""
 
     def __init__(
         self, call: Callable[[list[Item], float], Sequence[Answer | StorageError]], share: Callable[[Item], float]
@@ -1457,7 +1485,6 @@ class Combiner(Generic[Item, Answer]):
 
 
 # == Gateway: etcd's JSON gateway, in our words ======================================================================
-#
 # Base64 and int64-as-text stop here. etcd's answers leave out fields that are zero, false or empty, and etcd ignores
 # fields that it does not know: a typo in a compare would compare something else.
 
@@ -1483,7 +1510,7 @@ class Gateway:
         import etcd3gw  # only here, so that the file runs without any package on the mock
 
         client = etcd3gw.Etcd3Client(session=cast(Any, members), api_path="/v3/")
-        self.check_clusters = members.check_clusters
+        self.check_clusters, self.start = members.check_clusters, members.start
         self._post = functools.cache(lambda path: functools.partial(client.post, client.get_url(path)))
 
     def holders(self, keys: list[str], deadline: float) -> list[Holder | None]:
@@ -1519,11 +1546,8 @@ class Gateway:
 
     def claim(self, claims: list[LockRequest], deadline: float) -> list[Holder | StorageError]:
         """Puts each key that nobody holds with its lease, and tells who holds it then. It may be repeated: whoever
-        finds its own lease there has the key. etcd refuses to put a key twice in one transaction, so of two claims for
-        one key only the first is sent, and the second gets its answer.
-
-        Who holds a key that was not put is read afterwards: as a branch of the transaction it cost every acquire 8 %.
-        """
+        finds its own lease there has the key. Of two claims for one key only the first is sent, since etcd refuses to
+        put a key twice, and who holds a key that was not put is read later: as a branch it cost every acquire 8 %."""
         distinct = {claim.key: claim for claim in reversed(claims)}
         answer, answers = self._transact("txn", list(map(_claim_txn, distinct.values())), deadline)
         token = int(answer["header"]["revision"])
@@ -1607,11 +1631,9 @@ def _ttls(answers: list[dict[str, Any]]) -> dict[int, int]:
 
 
 def classify(status: int, text: str) -> StorageError:
-    """What an answer other than 200 means; by gRPC code, since HTTP codes differ between etcd's releases.
-
-    Shapes: {"error": M, "code": N} and, 3.6, {"message": M, "code": N}; of a stream {"error": {"grpc_code": N,
-    "message": M}} and, 3.6, {"error": {"code": N, "message": M}}; and plain text.
-    """
+    """What an answer other than 200 means; by gRPC code, since HTTP codes differ between etcd's releases. Shapes:
+    {"error": M, "code": N} and, 3.6, {"message": M, "code": N}; of a stream {"error": {"grpc_code": N, "message": M}}
+    and, 3.6, {"error": {"code": N, "message": M}}; and plain text."""
     try:
         answer = json.loads(text)
         detail = answer["error"] if isinstance(answer.get("error"), dict) else answer
@@ -1660,6 +1682,8 @@ class Member:
     def broken(self, wire: Wire, kept: bool, fault: Exception) -> StorageError:
         """What it means that this connection broke while the member was asked."""
         wire.sock.close()
+        if isinstance(fault, BadRequest) and fault.status == 413:
+            return Refused(f"the answer is larger than {MAX_ANSWER_BYTES >> 20} MiB")
         if kept and not wire.buffer and isinstance(fault, ConnectionError | EOFError | ssl.SSLError):
             self.hang_up()  # etcd closed them while nobody asked: they are of the same age
             return OutcomeUnknown(reason(fault), sick=False)
@@ -1671,12 +1695,9 @@ class Member:
 
 
 class Members:
-    """The session under etcd3gw: kept connections to all members of etcd, and one that is well for each call.
-
-    The first member serves until it fails; then it becomes the last. Each address of an endpoint's name is a member;
-    one thread an endpoint looks after them. (requests, etcd3gw's own session, costs 0.7 ms of CPU a call instead of
-    0.08, and knows one endpoint.)
-    """
+    """The session under etcd3gw: kept connections to all members of etcd, and one that is well for each call. The first
+    serves until it fails; then it becomes the last. Each address of an endpoint's name is a member; one thread an
+    endpoint looks after them. (requests, etcd3gw's own session, takes 0.7 ms of CPU a call, not 0.08, and one host.)"""
 
     def __init__(self, config: Config, metrics: Metrics) -> None:
         """Raises ConfigError."""
@@ -1688,25 +1709,28 @@ class Members:
         self._mutex = threading.Lock()  # owns the order of members and the fields about their health
         self._members: list[Member] = []
         self._cluster = ""  # the ID of the cluster that is used
-        self._unseen = endpoints.copy()  # whose members have not been looked at yet
-        self._first_looks_end = time.monotonic() + self._timeout / 2
+        self._unseen = endpoints  # whose members have not been looked at yet
+        self._first_looks_end = math.inf
         metrics.sources.append(self._samples)
-        for endpoint in endpoints:
+
+    def start(self) -> None:
+        """Begins to look after the members, which may be logged at once."""
+        self._first_looks_end = time.monotonic() + self._timeout / 2
+        for endpoint in self._unseen.copy():
             threading.Thread(target=self._watch, args=(endpoint,), name=f"watch-{endpoint}", daemon=True).start()
 
     def post(
         self, url: str, *, json: Any, deadline: float, doubtful: Callable[[Any], bool] | None = None, **_: object
     ) -> types.SimpleNamespace:
         """One try on one member; a list is sent as JSON lines, and only the path in `url` counts. Raises StorageError.
-
         A `doubtful` answer is only believed after a linearizable read on the same member: one that was frozen says for
-        some milliseconds that leases are gone which are alive.
-        """
+        some milliseconds that leases are gone which are alive."""
         member, request = self._pick(deadline), f"POST /{url.split('/', 3)[3]}"
         if member.cluster != self._cluster:  # look at a stranger before the first write to it
             self._call(member, *READ, deadline)
         answer = self._call(member, request, json, deadline)
         if doubtful and doubtful(answer):
+            self.check_clusters(deadline)  # of two, only one knows the lease
             self._call(member, *READ, deadline)
             answer = self._call(member, request, json, deadline)
         return types.SimpleNamespace(status_code=200, json=lambda: answer)  # all that etcd3gw looks at
@@ -1777,6 +1801,7 @@ class Members:
             sock = socket.create_connection((member.host, member.endpoint.port), left)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if self._tls and member.endpoint.tls:
+                sock.settimeout(max(0.001, deadline - time.monotonic()))
                 sock = self._tls.get().wrap_socket(sock, server_hostname=member.endpoint.host)
             sock.settimeout(None)
             return Wire(sock)
@@ -1845,8 +1870,7 @@ class Members:
             members = [one for one in self._members if one.endpoint != endpoint or one.host in hosts or not one.fault]
             for host in hosts - mine:  # anywhere: replicas that start together do not all begin with the same
                 address = endpoint if len(hosts) == 1 else endpoint._replace(host=host)
-                member = Member(endpoint, host, f"{'https' if endpoint.tls else 'http'}://{address}")
-                members.insert(random.randint(0, len(members)), member)
+                members.insert(random.randint(0, len(members)), Member(endpoint, host, address.url()))
             self._members = members
         return [member for member in members if member.endpoint == endpoint]
 
@@ -1920,7 +1944,9 @@ def parse_answer(status: int, text: str, payload: object = None) -> Any:
     with contextlib.suppress(ValueError):
         answers = json.loads(f"[{lines}]") if status == 200 else []
         for one in answers:  # etcd leaves out neither of these, and a line of many may be an error
-            if isinstance(one, dict) and ("header" in one or "result" in one or "etcdserver" in one):
+            if isinstance(one, dict) and (
+                isinstance(one.get("header", one.get("result")), dict) or "etcdserver" in one
+            ):
                 return answers if many else one
     raise classify(status, text.partition("\n")[0] if status == 200 else text)
 
@@ -1968,9 +1994,10 @@ FAMILIES = {
 _STARTED_SECONDS = time.time()
 
 
+@functools.lru_cache(maxsize=1024)
 def sample(name: str, **labels: object) -> str:
     """A sample's name and labels, as they stand in Prometheus' text format 0.0.4."""
-    return name + "{" + ",".join([f'{label}="{value}"' for label, value in labels.items()]) + "}"
+    return f"{name}{{{','.join(f'{label}={json.dumps(str(value))}' for label, value in labels.items())}}}"
 
 
 GRANT_BOUNDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8]  # seconds; over them +Inf
@@ -2033,7 +2060,6 @@ def _process_samples() -> dict[str, float]:
 
 
 # == Profiles: what `go tool pprof` opens ============================================================================
-#
 # Only for SHARED_LOCK_PPROF_ENABLED, and at no cost before one is asked for.
 
 Stack = tuple[tuple[str, str, int], ...]  # function, file, line; innermost first
@@ -2055,11 +2081,9 @@ def timed(profile: Callable[[int], Response], default: str, request: Request) ->
 
 
 def cpu_profile(seconds: int) -> Response:
-    """CPU time by stack. A sample of a thread's stack weighs what the thread used since the last.
-
-    The sampler needs the interpreter, too, so it sees each thread where it lets go of that, mostly in a system call:
-    the sums by caller (pprof's cum) are right, the innermost function (flat) is not.
-    """
+    """CPU time by stack. A sample of a thread's stack weighs what the thread used since the last. The sampler needs the
+    interpreter, too, so it sees each thread where it lets go of that, mostly in a system call: the sums by caller
+    (pprof's cum) are right, the innermost function (flat) is not."""
     samples: collections.Counter[Stack] = collections.Counter()
     before, ends = _cpu_nanos(), time.monotonic() + seconds
     while time.monotonic() < ends:
@@ -2157,12 +2181,10 @@ PROFILES: dict[str, Callable[[Request], Response]] = {
 
 
 def be_quick() -> None:
-    """Tells Python and Linux that many threads run here, each for a short while at a time.
-
-    Only one runs Python at a time, and to hand the interpreter over to a thread on another CPU takes longer than what
-    that thread does then: on one CPU of 2, 150 connections get 25,600 refusals/s instead of 12,600, and 1.4 times the
-    keepalives. The CPU is a random one: the kernel moves other processes away, but not another such daemon.
-    """
+    """Many threads run here, each for a short while. Only one runs Python at a time, and to hand the interpreter over
+    to a thread on another CPU takes longer than what that thread does then: on one CPU of 2, 150 connections get 25,600
+    refusals/s instead of 12,600, and 1.4 times the keepalives. The CPU is a random one: the kernel moves others away,
+    but not another such daemon."""
     # Seconds. Among short bursts a forced switch only delays: without this, p99 of refusals is 56 to 84 ms, not 42.
     sys.setswitchinterval(0.02)
     with contextlib.suppress(AttributeError, OSError):  # not Linux, or not allowed: slower, and no worse
@@ -2183,7 +2205,8 @@ def serve(config: Config) -> int:
     log.debug = config.debug
     be_quick()
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # a connection is one, and the soft limit is often 1,024
-    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+    with contextlib.suppress(OSError, ValueError):  # not allowed: as many as before
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
     metrics = Metrics()
     api = Api(LockService(open_storage(config, metrics), metrics), metrics, config)
     try:
@@ -2195,6 +2218,7 @@ def serve(config: Config) -> int:
         print(f"shared-lock: cannot listen on port {config.server_port}: {reason(fault)}", file=sys.stderr)
         return 1
     tell_start(config, server)
+    api.service.storage.start()
     while not stops:
         server.handle_request()
     event(INFO, "stopping")
@@ -2207,7 +2231,7 @@ def tell_start(config: Config, server: Server) -> None:
     """The first line of the log, and a warning for each variable that is most likely a typo."""
     shown = {"storage": config.storage_type, "tls": "yes" if config.server_cert_path else "no"}
     if config.storage_type == "etcd":
-        shown["members"] = ",".join(map(str, config.etcd_addr_list))
+        shown["members"] = ",".join(one.url(config.etcd_tls) for one in config.etcd_addr_list)
     needs = {"token": config.server_token_path, "certificate": config.server_client_ca_path}
     shown["callers_need"] = "+".join(name for name, path in needs.items() if path) or "nothing"
     event(INFO, "serving", address=Address(*server.socket.getsockname()[:2]), version=VERSION, **shown)
@@ -2224,8 +2248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog += line.removesuffix(" []") + "\n"
     parser = argparse.ArgumentParser("shared_lock.py", description=about, epilog=epilog, formatter_class=form)
     parser.add_argument("--version", action="version", version=f"shared-lock {VERSION}")
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("serve", help="serve until SIGTERM or SIGINT")
+    parser.add_argument("command", choices=["serve"], help="serve until SIGTERM or SIGINT")
     parser.parse_args(arguments)
     # A closed one of the first three descriptors would become a socket, and get the log.
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
