@@ -465,7 +465,8 @@ class Proxy:
     `rule` is (path, what to do, how many times), and the next of `rules` is in force once it is used up. To do:
     drop-request, drop-answer (after etcd has committed), cut (an answer in its middle), late (an answer, by
     LATE_SECONDS), wait (an answer, until go_on is set), stop (a request, until go_on is set), hold (a request, by
-    HOLD_SECONDS), surplus (bytes after an answer), 503 and no-leader (an answer of our own, etcd is not asked).
+    HOLD_SECONDS), surplus (bytes after an answer), 503, no-leader and no-space (an answer of our own; etcd is not
+    asked).
 
     The path of a look, with which the daemon finds out whether a member is well, is LOOK; ALL is every path.
     """
@@ -478,6 +479,7 @@ class Proxy:
     OWN_ANSWERS: ClassVar = {
         "503": "<html>service unavailable</html>",
         "no-leader": '{"error":"etcdserver: no leader","message":"etcdserver: no leader","code":14}',
+        "no-space": '{"error":"etcdserver: mvcc: database space exceeded","code":8}',
     }
 
     def __init__(self, target: Etcd | Daemon) -> None:
@@ -3837,6 +3839,25 @@ def test_after_a_first_try_that_died_half_way_the_second_has_the_lock_with_one_l
     assert etcd.key(key) == {"create_revision": second.token, "lease": lease_id, "value": b""}
     assert taken in (None, etcd.key(key)) and bool(taken) == ((path, action) == ("/v3/kv/txn", "drop-answer"))
     assert etcd.leases() - before == {lease_id}
+
+
+@pytest.mark.parametrize("path", ["/v3/lease/grant", "/v3/kv/txn"])
+@pytest.mark.parametrize("chosen", [True, False])
+def test_what_a_lost_answer_may_have_given_is_taken_back_only_from_who_cannot_ask_again(
+    on_etcd: Daemon, etcd: Etcd, proxy: Proxy, start: Start, key: str, lease_id: int, chosen: bool, path: str
+) -> None:
+    daemon, before = start(proxy.url), etcd.leases()
+
+    proxy.rules((path, "drop-answer", 1), (path, "no-space", 1))
+    failed = acquire_as(daemon, lease_id, key) if chosen else daemon.acquire(key)
+    taken, left = etcd.key(key), etcd.leases() - before
+    again = acquire_as(on_etcd, lease_id, key)
+
+    unknown = chosen and path == "/v3/kv/txn"
+    assert (failed.status, again.status) == (500, 201)
+    assert failed.text.startswith("outcome unknown: " if unknown else "not acquired: ")
+    assert (taken is not None, left) == (unknown, {lease_id} if chosen else set())
+    assert again.token == (taken or {"create_revision": again.token})["create_revision"]
 
 
 @pytest.mark.parametrize("action", [action for action in ACTIONS if action != "late"])
