@@ -1260,7 +1260,8 @@ class MemoryStorage:
         return self._locks
 
     def _key_of(self, lease: int) -> str | None:
-        return next((key for key, lock in self._alive().items() if lock.lease == lease), None)
+        found = [key for key, lock in self._alive().items() if lock.lease == lease]
+        return found[0] if found else None
 
     def _start_ttl(self, lock: _Lock) -> int:
         lock.ends = self._clock() + lock.ttl
