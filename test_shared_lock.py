@@ -3086,7 +3086,9 @@ def test_a_claim_that_etcd_refuses_is_not_acquired_once_its_lease_is_ended() -> 
 def gateway(etcd: Etcd) -> shared_lock.Gateway:
     """A gateway in this process, as open_storage builds it; it looks at its members to the end of the session."""
     config = shared_lock.Config.from_env({"SHARED_LOCK_ETCD_ADDR_LIST": etcd.url})
-    return shared_lock.Gateway(shared_lock.Members(config, shared_lock.Metrics()))
+    gateway = shared_lock.Gateway(shared_lock.Members(config, shared_lock.Metrics()))
+    gateway.start()
+    return gateway
 
 
 def granted(gateway: shared_lock.Gateway, count: int) -> list[int]:
@@ -3412,6 +3414,7 @@ def test_replicas_that_start_together_do_not_all_begin_with_the_same_member(etcd
         import os, sys, shared_lock as it
         for number in range(20):
             storage = it.open_storage(it.Config.from_env(os.environ), it.Metrics())
+            storage.start()
             assert isinstance(storage.acquire(it.LockRequest(f"{sys.argv[1]}-{number}", ttl=2)), it.Grant)
     """
 
