@@ -12,7 +12,7 @@ by refusing a fencing token smaller than one it has seen.
 One lock is one etcd lease and one key put with it, `/shared-lock/` + key. There is no other state, so any number of
 replicas may serve one etcd. The rooms of this file in their order, which is also the way of a request:
 
-    log, words, configuration    what all others use; every environment variable is a field of Config
+    words, configuration         what all others use; every environment variable is a field of Config
     wire                         HTTP/1.1 messages over one socket
     connections                  bytes become a Request, a Response becomes bytes; HTTP stops here
     API                          what a Request asks for: a LockRequest, a lease ID, a key
@@ -76,12 +76,18 @@ MAX_HEADERS = 100
 SILENT_SECONDS = 0.5  # how long a stop waits for requests that are on their way on kept connections
 TEXT = "text/plain; charset=utf-8"
 INT64 = range(-(1 << 63), 1 << 63)
+POLL_SECONDS = 0.4  # how late a waiter may learn of a release through another replica
+HUNG_UP_SECONDS = 2  # how late we may notice that a waiting caller has gone
+MAX_DOOMED = 10_000  # leases to end in the background; what is over ends with its ttl
+Clock = Callable[[], float]  # seconds, as time.monotonic
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
 # What our own process lacks, descriptors, memory or ports, and nobody else is to blame for.
 OWN_SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL}
 
-# == Log: one event, one line ========================================================================================
+# == Words: the log, errors, small data ==============================================================================
+# Errors are split by who must act: the caller (BadRequest), the operator at the start (ConfigError), nobody yet
+# (StorageError), or the caller with care (OutcomeUnknown). That a key is held, or a lease gone, is an answer.
 
 DEBUG, INFO, WARNING, ERROR = "debug", "info", "warning", "error"
 _PLAIN = re.compile(r"[\w.:/@,+\[\]-]{1,500}")  # a value that needs no quotes; longer ones are cut by quote()
@@ -123,11 +129,6 @@ def quote(value: object) -> str:
     text = str(value)
     quoted = json.dumps(text if len(text) <= 120 else text[:119] + "…", ensure_ascii=False)
     return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in quoted)
-
-
-# == Words: errors and small data ====================================================================================
-# Errors are split by who must act: the caller (BadRequest), the operator at the start (ConfigError), nobody yet
-# (StorageError), or the caller with care (OutcomeUnknown). That a key is held, or a lease gone, is an answer.
 
 
 class BadRequest(Exception):
@@ -973,9 +974,6 @@ def parse_lease(body: bytes) -> int:
 
 # == Service: what a lock means ======================================================================================
 
-POLL_SECONDS = 0.4  # how late a waiter may learn of a release through another replica
-HUNG_UP_SECONDS = 2  # how late we may notice that a waiting caller has gone
-
 
 class LockService:
     """Locks over a storage. All methods may be called from any thread."""
@@ -985,7 +983,7 @@ class LockService:
         self._mutex = threading.Lock()  # owns who waits
         self._waiting: dict[str, list[threading.Event]] = {}  # by key; set: ask the storage now
         self._dismissed = False
-        metrics.sources.append(self._count_waiting)
+        metrics.sources.append(lambda: {"shared_lock_waiting": sum(map(len, list(self._waiting.values())))})
 
     def acquire(self, wanted: LockRequest) -> Grant | Holder:
         """Takes the lock, or tells who holds it when the caller waits no longer. Raises StorageError (not acquired),
@@ -995,15 +993,14 @@ class LockService:
             with contextlib.closing(self._turns(wanted)) as turns:
                 while isinstance(outcome, Holder) and next(turns, False):
                     outcome, took = self._try(wanted)
+        self._metrics.count(LEASES, operation="get", status="created" if isinstance(outcome, Grant) else "accepted")
         if isinstance(outcome, Grant):
-            self._metrics.count(LEASES, operation="get", status="created")
             shown = {"ttl": outcome.ttl, "token": outcome.token, "value": wanted.value, "client": wanted.client}
             event(INFO, "granted", key=wanted.key, lease=outcome.lease, **shown)
             if wanted.wait and wanted.hung_up():
                 self.take_back(wanted, outcome.lease)
                 raise EOFError("the caller hung up")
         else:
-            self._metrics.count(LEASES, operation="get", status="accepted")
             event(DEBUG, "refused", key=wanted.key, client=wanted.client, holder=outcome.lease)
         self._metrics.observe_grant(took)
         return outcome
@@ -1087,14 +1084,8 @@ class LockService:
             for mine in itertools.chain.from_iterable(self._waiting.values()):
                 mine.set()
 
-    def _count_waiting(self) -> dict[str, float]:
-        with self._mutex:
-            return {"shared_lock_waiting": sum(map(len, self._waiting.values()))}
-
 
 # == Cache: a storage in front of the storage ========================================================================
-
-Clock = Callable[[], float]  # seconds, as time.monotonic
 
 
 class _Entry:
@@ -1249,8 +1240,7 @@ class MemoryStorage:
     def check(self) -> None:
         """Returns if the storage can serve."""
 
-    def start(self) -> object:
-        """Begins to look after what the storage needs."""
+    start = check  # begins to look after what the storage needs
 
     def _alive(self) -> dict[str, _Lock]:
         """The locks by key, once those that have ended are forgotten."""
@@ -1277,8 +1267,6 @@ def new_lease_id() -> int:
 
 
 # == Storage in etcd: the same promises over a network that fails ====================================================
-
-MAX_DOOMED = 10_000  # leases to end in the background; what is over ends with its ttl
 
 
 class EtcdStorage:
@@ -1426,7 +1414,7 @@ class _Batch(Generic[Item]):
 
 
 class Combiner(Generic[Item, Answer]):
-    """Makes calls that carry the items of several callers. `call(items, deadline)` returns an answer for each, in order;
+    """Makes calls that carry the items of several callers. `call(items, deadline)` returns an answer for each in order;
     an exception among them is raised to its caller. `share(item)` is the part of a call that it takes up, at most 1 in
     all. An item only joins a call that has not started, so a read is never older than its request."""
 
@@ -1479,7 +1467,7 @@ class Combiner(Generic[Item, Answer]):
             batch.answers = dict.fromkeys(batch.items, fault)
         finally:  # whatever happened, nobody is left waiting
             with self._mutex:
-                following = cast("_Batch[Item]", batch.next)
+                following = batch.next or self._open
                 while not following.items and following.next:  # all of them gave up
                     following = following.next
                 following.baton.release()
@@ -1715,7 +1703,6 @@ class Members:
         metrics.sources.append(self._samples)
 
     def start(self) -> None:
-        """Begins to look after the members, which may be logged at once."""
         self._first_looks_end = time.monotonic() + self._timeout / 2
         for endpoint in self._unseen.copy():
             threading.Thread(target=self._watch, args=(endpoint,), name=f"watch-{endpoint}", daemon=True).start()
@@ -1838,10 +1825,9 @@ class Members:
 
     def _samples(self) -> dict[str, float]:
         found: dict[str, float] = {}
-        for member in self._members:
-            is_up = member.fault is None and member.cluster != ""
-            found[sample("shared_lock_etcd_member_up", member=member.name)] = int(is_up)
-            found[sample("shared_lock_etcd_errors_total", member=member.name)] = member.errors
+        for one in self._members:
+            found[sample("shared_lock_etcd_member_up", member=one.name)] = int(one.fault is None and one.cluster != "")
+            found[sample("shared_lock_etcd_errors_total", member=one.name)] = one.errors
         return found
 
     def _watch(self, endpoint: Address) -> None:
@@ -2023,14 +2009,12 @@ class Metrics:
         with self._mutex:
             self._numbers[counted] = self._numbers.get(counted, 0) + 1
 
-    def observe_grant(self, took: float) -> None:
-        """A POST /lease was answered after so many seconds."""
+    def observe_grant(self, seconds: float) -> None:
         with self._mutex:
-            self._numbers[_BUCKETS[bisect.bisect_left(GRANT_BOUNDS, took)]] += 1
-            self._numbers[_SUM] += took
+            self._numbers[_BUCKETS[bisect.bisect_left(GRANT_BOUNDS, seconds)]] += 1
+            self._numbers[_SUM] += seconds
 
     def render(self) -> str:
-        """All families, as one page."""
         with self._mutex:
             numbers = self._numbers.copy()
         numbers |= zip(_BUCKETS, itertools.accumulate([numbers[bucket] for bucket in _BUCKETS]), strict=True)
@@ -2045,7 +2029,6 @@ class Metrics:
 
 
 def _process_samples() -> dict[str, float]:
-    """What Prometheus' client libraries tell about every process."""
     found = {
         "shared_lock_log_lines_dropped_total": log.dropped,
         sample("shared_lock_build_info", version=VERSION): 1,
@@ -2053,9 +2036,8 @@ def _process_samples() -> dict[str, float]:
         "process_cpu_seconds_total": time.process_time(),
         "process_max_fds": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
     }
-    with contextlib.suppress(OSError):  # no /proc, or no descriptor left to read it with
-        with open("/proc/self/statm") as statm:
-            found["process_resident_memory_bytes"] = int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError), open("/proc/self/statm") as statm:  # no /proc, or no descriptor left for it
+        found["process_resident_memory_bytes"] = int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         found["process_open_fds"] = len(os.listdir("/proc/self/fd"))
     return found
 
