@@ -9,6 +9,7 @@ SHARED_LOCK_TEST_PYTHON, else on this one.
 
 from __future__ import annotations
 
+import argparse
 import ast
 import base64
 import collections
@@ -42,6 +43,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import urllib.parse
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor
@@ -49,7 +51,6 @@ from concurrent.futures import wait as wait_for_any
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, NamedTuple
 
-import etcd3gw
 import pytest
 
 import example
@@ -292,7 +293,8 @@ def run_module(arguments: list[str], /, **env: str) -> subprocess.CompletedProce
     """Python with these arguments, to its end; `env` as for Daemon."""
     settings = clean_env() | {f"SHARED_LOCK_{name}": value for name, value in env.items()}
     command = [PYTHON, *arguments]
-    return subprocess.run(command, env=settings, stdin=subprocess.DEVNULL, text=True, capture_output=True, timeout=10)
+    how: Any = {"cwd": HERE, "stdin": subprocess.DEVNULL, "text": True, "capture_output": True, "timeout": 10}
+    return subprocess.run(command, env=settings, **how)
 
 
 @pytest.fixture(scope="session")
@@ -364,6 +366,12 @@ def start(folder: Path) -> Iterator[Start]:
 def key(request: pytest.FixtureRequest) -> str:
     """A key that no other test uses."""
     return f"{request.node.name}-{next(_numbers)}"
+
+
+@pytest.fixture
+def lease_id() -> int:
+    """A lease ID as a caller chooses it."""
+    return random.randrange(1, 2**63)
 
 
 # == Helpers: raw connections, callers at the same time, what metrics tell ============================================
@@ -456,31 +464,40 @@ def pool() -> Iterator[Pool]:
 
 
 class Proxy:
-    """Stands between the daemon and one etcd, reads whole requests and answers, and breaks those that a rule is for.
+    """Stands between the daemon and one etcd, or between callers and a daemon, reads whole requests and answers, and
+    breaks those that a rule is for.
 
     `rule` is (path, what to do, how many times), and the next of `rules` is in force once it is used up. To do:
     drop-request, drop-answer (after etcd has committed), cut (an answer in its middle), late (an answer, by
-    LATE_SECONDS), wait (an answer, until go_on is set), hold (a request, by HOLD_SECONDS), surplus (bytes after an
-    answer), 503 and no-leader (an answer of our own, etcd is not asked), gone (an answer says that its lease is), and a
-    release of etcd (an answer to /version tells that one).
+    LATE_SECONDS), wait (an answer, until go_on is set), stop (a request, until go_on is set), hold (a request, by
+    HOLD_SECONDS), surplus (bytes after an answer), 503, no-leader and no-space (an answer of our own; etcd is not
+    asked), gone (an answer says that its lease is), and a release of etcd (an answer to /version tells that one).
+
+    The path of a look, with which the daemon finds out whether a member is well, is LOOK; ALL is every path.
     """
+
+    LOOK, ALL = "look", "all"
+    LOOKS_FOR = b'"key":"%s"' % base64.b64encode(b"/shared-lock/")
 
     LATE_SECONDS = 1.3
     HOLD_SECONDS = 0.3
     OWN_ANSWERS: ClassVar = {
         "503": "<html>service unavailable</html>",
         "no-leader": '{"error":"etcdserver: no leader","message":"etcdserver: no leader","code":14}',
+        "no-space": '{"error":"etcdserver: mvcc: database space exceeded","code":8}',
     }
 
-    def __init__(self, etcd: Etcd, port: int = 0, host: str = "127.0.0.1") -> None:
-        self._target = ("127.0.0.1", etcd.port)
+    def __init__(self, target: Etcd | Daemon, port: int = 0, host: str = "127.0.0.1") -> None:
+        self._target = ("127.0.0.1", target.port)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._server = socket.create_server((host, port), family=family)
-        self.url = f"http://127.0.0.1:{self._server.getsockname()[1]}"
+        self.port = self._server.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
         self.go_on = threading.Event()
         self._mutex = threading.Lock()  # owns all below
         self._rules: list[tuple[str, str, int]] = []
         self.seen: list[tuple[str, str]] = []  # path, and what was done: "" where nothing
+        self.looked: list[tuple[str, str]] = []  # the same with looks among them
         self.reused: list[str] = []  # paths of requests on connections that had an error, a time-out, an unread body
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -510,13 +527,18 @@ class Proxy:
         with contextlib.suppress(OSError), client, socket.create_connection(self._target) as etcd:
             requests, answers, spoiled = client.makefile("rb"), etcd.makefile("rb"), False
             while request := self._read(requests):
-                action = self._note(request.split(b" ", 2)[1].decode(), spoiled)
+                path = request.split(b" ", 2)[1].decode()
+                if self.LOOKS_FOR in request and b"range_end" not in request:
+                    path = self.LOOK
+                action = self._note(path, spoiled)
                 if action == "drop-request":
                     break
                 if own := self.OWN_ANSWERS.get(action):
                     answer = f"HTTP/1.1 503 Service Unavailable\r\nContent-Length: {len(own)}\r\n\r\n{own}".encode()
                 else:
                     time.sleep(self.HOLD_SECONDS if action == "hold" else 0)
+                    if action == "stop":
+                        self.go_on.wait(30)
                     etcd.sendall(request)
                     answer = self._edited(self._read(answers), action)
                 if not answer or action == "drop-answer":
@@ -527,7 +549,7 @@ class Proxy:
                 client.sendall({"cut": answer[:-5], "surplus": answer + b"surplus"}.get(action, answer))
                 if action == "cut":
                     break
-                spoiled = spoiled or action not in ("", "hold", "wait", "gone", "well")
+                spoiled = spoiled or action not in ("", "hold", "stop", "wait", "gone", "well")
             client.shutdown(socket.SHUT_RDWR)
 
     @staticmethod
@@ -543,11 +565,13 @@ class Proxy:
     def _note(self, path: str, spoiled: bool) -> str:
         with self._mutex:
             action = ""
-            if self._rules and path == self._rules[0][0]:
-                _, action, times = self._rules.pop(0)
+            if self._rules and self._rules[0][0] in (path, self.ALL):
+                rule, action, times = self._rules.pop(0)
                 if times > 1:
-                    self._rules.insert(0, (path, action, times - 1))
-            self.seen.append((path, action))
+                    self._rules.insert(0, (rule, action, times - 1))
+            self.looked.append((path, action))
+            if path not in (self.LOOK, "/version"):
+                self.seen.append((path, action))
             if spoiled:
                 self.reused.append(path)
             return action
@@ -596,8 +620,13 @@ def soon() -> float:
 
 
 def take(storage: Any, key: str, ttl: int = 10, value: str = "v") -> Any:
-    """What a storage, or a service in front of it, answers to who asks for this lock."""
-    return storage.acquire(key, value, ttl)
+    """What a storage answers to who asks for this lock."""
+    return storage.acquire(shared_lock.LockRequest(key, value, ttl))
+
+
+def acquire_as(daemon: Daemon, lease_id: int, key: str, ttl: str = "60s", **headers: str) -> Answer:
+    """Asks for a lock with a lease ID of the caller's choice."""
+    return daemon.acquire(key, ttl, **{"x-lease-id": str(lease_id), **headers})
 
 
 class Clock:
@@ -645,7 +674,7 @@ def operations(daemon: Daemon, family: str = "lease") -> dict[str, int]:
 
 
 def calls(etcd: Etcd) -> collections.Counter[str]:
-    """How often each gRPC method of etcd was called, as etcd itself counts."""
+    """How often each gRPC method of etcd was called, as etcd itself counts; looks of all daemons are among them."""
     samples = parse_metrics(ask(etcd.port, "GET", "/metrics").text)["grpc_server_handled_total"]
     counts: collections.Counter[str] = collections.Counter()
     for labels, count in samples.items():
@@ -702,6 +731,7 @@ def test_a_log_that_is_not_read_in_time_delays_no_lock_and_tells_what_it_lost(st
         assert client.answer().status == 201
     done.set()
     eventually(lambda: daemon.acquire(f"again {next(_numbers)}").status and b"lines_lost=" in log)
+    [counted] = parse_metrics(daemon.request("GET", "/metrics").text)["shared_lock_log_lines_dropped_total"].values()
     status = daemon.stop()
     reader.join()
     pipe.close()
@@ -710,6 +740,7 @@ def test_a_log_that_is_not_read_in_time_delays_no_lock_and_tells_what_it_lost(st
     lost = sum(int(number) for line in lines for number in re.findall(r"lines_lost=([0-9]+)", line))
     assert status == 0
     assert len({line for line in lines if "event=granted key=unread-" in line}) + lost >= 3000 > lost > 0
+    assert 0 < counted <= lost
 
 
 def test_with_stderr_closed_the_log_goes_nowhere(start: Start) -> None:
@@ -717,6 +748,115 @@ def test_with_stderr_closed_the_log_goes_nowhere(start: Start) -> None:
 
     assert os.readlink(f"/proc/{daemon.process.pid}/fd/2") == os.devnull
     assert daemon.stop() == 0
+
+
+def events(daemon: Daemon, *names: str) -> list[dict[str, str]]:
+    """The fields of each line in the log whose event is one of these names; of all lines without any."""
+    word = re.compile(r'([a-z_]+)=(?:"((?:[^"\\]|\\.)*)"|(\S*))')
+    found = [word.findall(line) for line in daemon.log().splitlines()]
+    lines = [{name: quoted or plain for name, quoted, plain in words} for words in found]
+    return [line for line in lines if not names or line["event"] in names]
+
+
+def test_a_grant_and_a_release_are_logged_with_their_client(daemon: Daemon, key: str) -> None:
+    with contextlib.closing(Talk(daemon, post(b'{"key": "%s", "value": "w 1"}' % key.encode()))) as client:
+        lock = client.answer()
+        client.say(get("/lease", b"Content-Length: %d" % len(lock.body), method="DELETE") + lock.body)
+        assert client.answer().status == 200
+        address = f"127.0.0.1:{client.port}"
+
+    [granted] = [line for line in events(daemon, "granted") if line["key"] == key]
+    [released] = [line for line in events(daemon, "released") if line["key"] == key]
+    common = {"level": "info", "key": key, "lease": lock.text, "client": address}
+    more = {"event": "granted", "ttl": "10", "token": str(lock.token), "value": "w 1"}
+    assert {**granted, "time": ""} == {"time": "", **common, **more}
+    assert {**released, "time": ""} == {"time": "", **common, "event": "released"}
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "\x01" * 120, "\U000e0001" * 120], ids=["long", "escaped", "astral"])
+def test_however_a_caller_names_its_lock_the_log_tells_who_has_it(start: Start, name: str) -> None:
+    daemon = start("mock")
+
+    lock = daemon.acquire(name, value=name)
+    daemon.release(lock.text)
+
+    granted, released = eventually(lambda: len(found := events(daemon, "granted", "released")) == 2 and found)
+    assert list(granted) == ["time", "level", "event", "key", "lease", "ttl", "token", "value", "client"]
+    assert list(released) == ["time", "level", "event", "key", "lease", "client"]
+    assert granted["client"].startswith("127.0.0.1:") and released["client"].startswith("127.0.0.1:")
+
+
+def test_a_client_is_logged_as_ipv4_where_it_is_and_as_ipv6_where_it_is(start: Start) -> None:
+    daemon = start("mock", SERVER_HOST="")
+    clients = []
+
+    for address in ("127.0.0.1", "::1"):
+        with socket.create_connection((address, daemon.port), timeout=10) as sock:
+            sock.sendall(post(lock_body(address)))
+            assert sock.recv(12) == b"HTTP/1.1 201"
+            clients.append(str(sock.getsockname()[1]))
+
+    assert [line["client"] for line in events(daemon, "granted")] == [f"127.0.0.1:{clients[0]}", f"[::1]:{clients[1]}"]
+
+
+def test_a_line_of_the_log_tells_what_serves_and_for_whom(start: Start, etcd: Etcd, pki: Pki, tmp_path: Path) -> None:
+    (tmp_path / "tokens").write_text("secret-1\nsecret-2\n")
+    files = {"SERVER_CERT_PATH": "server.crt", "SERVER_KEY_PATH": "server.key", "SERVER_CLIENT_CA_PATH": "ca.crt"}
+    strict = {"SERVER_TOKEN_PATH": str(tmp_path / "tokens"), **{name: str(pki.good / at) for name, at in files.items()}}
+    address = etcd.url.removeprefix("http://")
+    both = {"storage": "etcd", "members": f"{address},localhost:{etcd.port}"}
+    expected: list[tuple[Daemon, dict[str, str]]] = [
+        (start("mock"), {"storage": "mock", "tls": "no", "callers_need": "nothing"}),
+        (start(f"{etcd.url}, localhost:{etcd.port}"), {**both, "tls": "no", "callers_need": "nothing"}),
+        (start("mock", **strict), {"storage": "mock", "tls": "yes", "callers_need": "token+certificate"}),
+    ]
+
+    for daemon, shown in expected:
+        told = {"level": "info", "event": "serving", "version": shared_lock.VERSION, **shown}
+        [line] = events(daemon, "serving")
+        assert line | {"time": ""} == told | {"time": "", "address": f"127.0.0.1:{daemon.port}"}
+        assert "secret" not in daemon.log()
+
+
+def test_the_line_that_tells_what_serves_is_the_first_even_if_no_member_can_be_reached(start: Start) -> None:
+    daemon = start(f"http://127.0.0.1:{free_port()}")
+
+    eventually(lambda: events(daemon, "etcd member failed"))
+
+    assert events(daemon)[0]["event"] == "serving"  # a member's failure, or a warning of its release, comes later
+
+
+def test_clients_that_simply_close_leave_no_line_in_the_debug_log(start: Start) -> None:
+    daemon = start("mock", DEBUG="true")
+    reset = struct.pack("ii", 1, 0)  # SO_LINGER: a close becomes a reset
+
+    for asks, resets in itertools.product((False, True), repeat=2):
+        client = Talk(daemon, HEALTH if asks else b"")
+        assert not asks or client.answer().status == 200
+        if resets:
+            client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+        client.close()
+    cut = Talk(daemon, HEALTH[:-2])
+    cut.close()
+
+    lost = eventually(lambda: events(daemon, "connection lost"))
+    assert daemon.stop() == 0
+    assert [line["client"] for line in lost] == [f"127.0.0.1:{cut.port}"]  # that one did not simply close
+    assert len(events(daemon)) == len(["serving", "request", "request", "connection lost", "stopping", "stopped"])
+
+
+def test_probes_of_a_tls_port_that_simply_close_leave_no_line_in_the_debug_log(start: Start, pki: Pki) -> None:
+    files = {"SERVER_CERT_PATH": str(pki.good / "server.crt"), "SERVER_KEY_PATH": str(pki.good / "server.key")}
+    daemon = start("mock", DEBUG="true", **files)
+
+    for linger in (struct.pack("ii", 0, 0), struct.pack("ii", 1, 0)):  # an end, and a reset
+        probe = Talk(daemon)
+        probe.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        probe.close()
+    Talk(daemon, HEALTH).rest()  # plain HTTP, which is worth a line
+
+    eventually(lambda: events(daemon, "connection lost"))
+    assert len(events(daemon)) == len(["serving", "connection lost"]), daemon.log()
 
 
 # == Words: durations, settings ======================================================================================
@@ -771,6 +911,20 @@ def test_two_ttls_a_ttl_out_of_range_and_a_wait_over_a_minute_are_400(daemon: Da
     one_line(long, 'x-lease-wait: not from 0s to 60s: "60.001s"')
 
 
+@pytest.mark.parametrize("limit, given", [("1m", "10s"), ("5s", "5s")])
+def test_no_ttl_is_longer_than_the_longest_that_is_allowed(start: Start, limit: str, given: str) -> None:
+    daemon, seconds = start("mock", MAX_TTL=limit), int(shared_lock.parse_duration(limit))
+
+    longest = daemon.acquire("k", limit)
+    too_long = [daemon.acquire("l", ttl) for ttl in (f"{seconds}.001s", f"{seconds + 1}", "2h")]
+    default = daemon.request("POST", "/lease", '{"key": "m"}')
+
+    assert (longest.status, longest.headers["x-lease-ttl"]) == (201, f"{seconds}s")
+    assert [answer.status for answer in too_long] == [400] * 3
+    one_line(too_long[2], f'x-lease-ttl: not from 1s to {seconds}s: "2h"')
+    assert (default.status, default.headers["x-lease-ttl"]) == (201, given)
+
+
 @pytest.mark.parametrize("name, default, text, value", [
     ("SERVER_PORT", 8080, "0", 0), ("SERVER_HOST", "", "::1", "::1"), ("SERVER_READ_TIMEOUT", 10, "1m", 60),
     ("SERVER_WRITE_TIMEOUT", 10, "0", 0), ("SERVER_IDLE_TIMEOUT", 120, "1.5", 1.5),
@@ -779,6 +933,7 @@ def test_two_ttls_a_ttl_out_of_range_and_a_wait_over_a_minute_are_400(daemon: Da
     ("CA_CERT_PATH", "/etc/etcd/ca.crt", "a", "a"), ("CLIENT_CERT_PATH", "/etc/etcd/client.crt", "b", "b"),
     ("CLIENT_KEY_PATH", "/etc/etcd/client.key", "c", "c"), ("ETCD_TIMEOUT", 5, "2500ms", 2.5),
     ("CACHE_ENABLED", False, "TRUE", True), ("CACHE_SIZE", 1000, "1", 1), ("DEBUG", False, "1", True),
+    ("MAX_TTL", 9_000_000_000, "1m0.5s", 61),
 ])  # fmt: skip
 def test_a_variable_has_its_default_and_takes_its_values(name: str, default: object, text: str, value: object) -> None:
     config = shared_lock.Config.from_env({f"SHARED_LOCK_{name}": text, name: "ignored"})
@@ -816,7 +971,7 @@ UNUSABLE = [
     *(("ETCD_ADDR_LIST", text) for text in [
         "ftp://h:1", "", "h", "h:", ":1", "h:p", "h:0", "h:65536", "a:1,,b:2", "http://", "h h:1"
     ]),
-    ("ETCD_TIMEOUT", "0"),
+    ("ETCD_TIMEOUT", "0"), *(("MAX_TTL", text) for text in ["0", "", "-1s", "1 m", "9000000001"]),
 ]  # fmt: skip
 
 
@@ -839,6 +994,22 @@ def test_a_value_that_cannot_be_used_stops_the_start(name: str, text: str) -> No
 
     assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
     assert f"SHARED_LOCK_{name}" in ended.stderr and text in ended.stderr
+
+
+def test_a_variable_that_is_none_of_ours_is_warned_of_and_kubernetes_service_links_are_not(start: Start) -> None:
+    typos = {"ETCD_ADDRS": "http://secret:1", "ETCD_TIME_OUT": "5s", "SERVER_PORTS": "1", "server_port": "1", "": "x"}
+    link, at = "tcp://10.0.0.1:8080", "10.0.0.1"
+    links = {"SERVICE_HOST": at, "SERVICE_PORT": "8080", "SERVICE_PORT_HTTP_2": "8080", "PORT": link}  # "shared-lock"
+    links |= {"PORT_8080_TCP": link, "PORT_8080_TCP_PROTO": "tcp", "PORT_8080_TCP_PORT": "8080"}
+    links |= {"PORT_8080_TCP_ADDR": at, "WEB_SERVICE_HOST": at, "WEB_PORT": link, "WEB_PORT_53_UDP": "udp://[::1]:53"}
+
+    daemon = start("mock", **typos, **links)
+    daemon.request("GET", "/health")
+
+    warned = eventually(lambda: len(found := events(daemon, "unknown variable")) == len(typos) and found)
+    assert {line["variable"] for line in warned} == {f"SHARED_LOCK_{name}" for name in typos}
+    assert {line["level"] for line in warned} == {"warning"}
+    assert "secret" not in daemon.log()  # a password may be among the values
 
 
 class Pki(NamedTuple):
@@ -1679,7 +1850,10 @@ def test_queries_and_absolute_targets_lead_to_the_path(on_memory: Daemon, target
     assert (answer.status, answer.text) == (200, "ok\n")
 
 
-@pytest.mark.parametrize("path", ["/health", "/ready", "/lease?key=", "/lease?key=free", "/lease", "/nowhere"])
+@pytest.mark.parametrize(
+    "path",
+    ["/health", "/ready", "/lease?key=", "/lease?key=free", "/lease?prefix=no", "/lease", "/nowhere", "/lease?prefix="],
+)
 def test_head_is_get_without_the_body(daemon: Daemon, key: str, path: str) -> None:
     path = path if path[-1] != "=" else path + key
     daemon.acquire(key)
@@ -1745,17 +1919,142 @@ def test_any_other_body_is_400_and_says_why(daemon: Daemon, body: str | bytes, s
     one_line(answer, shown)
 
 
-@pytest.mark.parametrize("form", ["%s", '{"key": %s}', '{"key": "k", "labels": %s}', '{"key": "k", "value": %s}'])
-def test_nesting_of_any_depth_is_400(on_memory: Daemon, form: str) -> None:
+@pytest.mark.parametrize("form, statuses", [
+    ("%s", {400}), ('{"key": %s}', {400}), ('{"key": "k", "value": %s}', {400}), ('{"key": "k", "ttl": %s}', {400}),
+    ('{"key": "k", "labels": %s}', {201, 202, 400}),
+])  # fmt: skip
+def test_nesting_of_any_depth_is_ignored_or_400(on_memory: Daemon, form: str, statuses: set[int]) -> None:
     client = Talk(on_memory)
 
-    for depth in [*range(100, 1100, 3), 3000, 30_000]:
+    for depth in [*range(100, 1100), 3000, 30_000]:
         client.say(post((form % ("[" * depth + "]" * depth)).encode()))
         answer = client.answer()
-        assert answer.status == 400, (depth, answer.text)
+        assert answer.status in statuses, (depth, answer.text)
 
 
-@pytest.mark.parametrize("form", ["%d", " \t\r\n%d\n", '"%d"', '{"id": %d}', '{"id": "%d"}', ' {"x": [], "id":%d} '])
+@pytest.mark.parametrize("text, value", [
+    ('{"KEY": @, "VALUE": "v"}', "v"), ('{"Key": @, "Value": "v"}', "v"), ('{"key": @, "valu\u0435": "v"}', ""),
+    ('{"key": @, "value": "a", "vaLue": "b"}', "b"), ('{"Value": "a", "value": "b", "kEY": @}', "b"),
+    ('{"key": @, "labels": {"Value": "x"}, "Labels": [["value"]], "timestamp": {"key": "x"}}', ""),
+])  # fmt: skip
+def test_the_value_is_found_whatever_the_case_of_its_name(daemon: Daemon, key: str, text: str, value: str) -> None:
+    answer = daemon.request("POST", "/lease", text.replace("@", json.dumps(key)).encode())
+
+    assert answer.status == 201
+    assert json.loads(daemon.look(key).text)["value"] == value
+
+
+def test_a_ttl_in_the_body_is_refused_and_names_the_header(daemon: Daemon, key: str) -> None:
+    bodies = [{"key": key, "ttl": "60s"}, {"TTL": 60, "key": key}, {"key": key, "Ttl": None}]
+
+    answers = [daemon.request("POST", "/lease", json.dumps(body)) for body in bodies]
+
+    assert [answer.status for answer in answers] == [400] * 3
+    one_line(answers[0], "ttl: ", "x-lease-ttl", "60s")
+    assert daemon.look(key).status == 404
+
+
+@pytest.mark.parametrize("name", ["x-lease-tll", "X-Lease-Timeout", "x-lease-", "x-lease-id2", "X-LEASE-TTL-MS"])
+def test_an_unknown_header_that_looks_like_ours_is_refused_and_the_known_are_listed(
+    daemon: Daemon, key: str, name: str
+) -> None:
+    answer = daemon.acquire(key, **{name: "60s"})
+
+    assert answer.status == 400
+    one_line(answer, name.lower(), "x-lease-ttl", "x-lease-wait", "x-lease-id")
+    assert daemon.look(key).status == 404
+
+
+@pytest.mark.parametrize("query, status", [("?ttl=60s", 400), ("?x", 400), ("?key=other", 400), ("?", 201)])
+def test_a_query_when_asking_for_a_lock_is_refused_and_names_the_headers(
+    daemon: Daemon, key: str, query: str, status: int
+) -> None:
+    answer = daemon.request("POST", "/lease" + query, lock_body(key))
+
+    assert (answer.status, daemon.look(key).status) == (status, 200 if status == 201 else 404)
+    assert status == 201 or f'"{query[1:]}"' in answer.text
+    assert status == 201 or all(name in answer.text for name in ("x-lease-ttl", "x-lease-wait", "x-lease-id"))
+
+
+@pytest.mark.parametrize("more", [{}, {"x-lease-wait": "100ms"}, {"x-lease-id": "4711"}])
+def test_if_none_match_makes_the_refusal_a_failure(daemon: Daemon, key: str, more: dict[str, str]) -> None:
+    first = daemon.acquire(key, **{"If-None-Match": "*"})
+
+    refusal = daemon.acquire(key, **{"If-None-Match": "*", **more})
+
+    assert (first.status, refusal.status) == (201, 412)
+    one_line(refusal, "held", key)
+    assert first.text not in refusal.text + str(refusal.headers)
+    assert daemon.token(key) == first.token
+
+
+LEASE_ENDPOINTS = [("POST", "/keepalive"), ("DELETE", "/lease")]
+
+
+@pytest.mark.parametrize("method, path", LEASE_ENDPOINTS)
+def test_if_match_makes_a_lease_that_is_gone_a_failure(daemon: Daemon, key: str, method: str, path: str) -> None:
+    lease = daemon.acquire(key).text
+
+    well = daemon.request(method, path, lease, {"If-Match": "*"})
+    daemon.release(lease)
+    gone = daemon.request(method, path, lease, {"If-Match": "*"})
+
+    assert (well.status, gone.status) == (200, 412)
+    one_line(gone, "gone", lease)
+
+
+@pytest.mark.parametrize("given", ["", '"*"', "**", "W/*", "*, *", '"abc"'])
+def test_a_precondition_that_is_not_a_star_is_refused_and_nothing_is_done(daemon: Daemon, key: str, given: str) -> None:
+    lease = daemon.acquire(key).text
+
+    refusals = [daemon.acquire(key + " free", **{"If-None-Match": given})]
+    refusals += [daemon.request(method, path, lease, {"If-Match": given}) for method, path in LEASE_ENDPOINTS]
+
+    assert [refusal.status for refusal in refusals] == [400] * 3
+    for name, refusal in zip(("if-none-match", "if-match", "if-match"), refusals, strict=True):
+        one_line(refusal, f"{name}: not *: ")
+    assert [daemon.look(one).status for one in (key, key + " free")] == [200, 404]
+
+
+@pytest.mark.parametrize("given", ["*", '"abc"'])
+def test_a_precondition_that_would_be_ignored_is_refused_and_the_right_one_named(
+    daemon: Daemon, key: str, given: str
+) -> None:
+    lease = daemon.acquire(key).text
+
+    refusals = [daemon.acquire(key + " free", **{"If-Match": given})]
+    refusals += [daemon.request(method, path, lease, {"If-None-Match": given}) for method, path in LEASE_ENDPOINTS]
+
+    assert [refusal.status for refusal in refusals] == [400] * 3
+    for refusal in refusals:
+        one_line(refusal, "if-match", "if-none-match", "*")
+    assert [daemon.look(one).status for one in (key, key + " free")] == [200, 404]
+
+
+def sh_script(daemon: Daemon, key: str, folder: Path) -> str:
+    """The script that everybody writes first; its work lasts until the file `end` is there."""
+    post_lock = f"curl -sf {daemon.url}/lease -H 'If-None-Match: *' -d '{json.dumps({'key': key})}'"
+    release = f'curl -s -X DELETE {daemon.url}/lease -d "$lease"'
+    work = f"echo works; until [ -e {folder}/end ]; do sleep 0.05; done"
+    return f"lease=$({post_lock}) || exit; trap '{release}' EXIT; {work}"
+
+
+def test_of_five_natural_scripts_at_once_one_runs_and_keeps_its_lock(daemon: Daemon, tmp_path: Path) -> None:
+    script = sh_script(daemon, str(tmp_path), tmp_path)
+    copies = [subprocess.Popen(["sh", "-c", script], stdout=subprocess.PIPE, text=True) for _ in range(5)]
+
+    eventually(lambda: sum(copy.poll() is not None for copy in copies) == 4)
+    refused = {copy.returncode for copy in copies} - {None}
+    token, second = daemon.token(str(tmp_path)), daemon.acquire(str(tmp_path)).status
+    (tmp_path / "end").touch()
+    said = sorted(copy.communicate(timeout=30)[0] for copy in copies)
+
+    assert (refused, second) == ({22}, 202)
+    assert (said, [copy.returncode for copy in copies].count(0)) == ([""] * 4 + ["works\n"], 1)
+    assert daemon.acquire(str(tmp_path)).token > token
+
+
+@pytest.mark.parametrize("form", ["%d", " \t\r\n%d\n", '"%d"', '{"id": %d}', '{"id": "%d"}', ' {"x": [], "ID":%d} '])
 def test_a_lease_id_is_taken_in_every_form(daemon: Daemon, key: str, form: str) -> None:
     lease = int(daemon.acquire(key, "50s").text)
 
@@ -1809,6 +2108,16 @@ def test_a_refusal_never_tells_the_lease_of_the_holder(daemon: Daemon, key: str)
 
     assert (refusal.status, refusal.text) == (202, "0")
     assert lease not in str(refusal.headers)
+
+
+def test_a_refused_script_that_cleans_up_after_itself_frees_nobodys_lock(daemon: Daemon, key: str) -> None:
+    holder = daemon.acquire(key)
+    refused = daemon.acquire(key)
+
+    answers = daemon.keep_alive(refused.body), daemon.release(refused.body)
+
+    assert [answer.status for answer in answers] == [204, 204]
+    assert (daemon.token(key), daemon.keep_alive(holder.text).status) == (holder.token, 200)
 
 
 def test_the_key_stands_in_etcd_as_the_go_service_writes_it(on_etcd: Daemon, etcd: Etcd, key: str) -> None:
@@ -1946,12 +2255,339 @@ def test_a_key_in_the_query_may_stand_there_as_curl_sends_it(daemon: Daemon, key
     assert (answer.status, json.loads(answer.body)["key"]) == (200, key + "ключ")
 
 
-@pytest.mark.parametrize("query", ["", "?", "?key", "?key=", "?KEY=x", "?lease=1", "?key=%ff", "?key=%ED%A0%80"])
-def test_to_look_without_a_key_that_is_text_is_a_bad_request(daemon: Daemon, query: str) -> None:
+@pytest.mark.parametrize("query", [
+    "", "?", "?key", "?key=", "?KEY=x", "?lease=1", "?key=%ff", "?key=%ED%A0%80", "?PREFIX=x", "?prefix=%ff",
+    "?prefix=%ED%A0%80", "?key=k&prefix=k", "?prefix=&key=k", "?key=&prefix=k",
+])  # fmt: skip
+def test_to_look_without_a_key_or_a_prefix_that_is_text_is_a_bad_request(daemon: Daemon, query: str) -> None:
     answer = daemon.request("GET", "/lease" + query)
 
     assert answer.status == 400
     one_line(answer)
+
+
+def listed(daemon: Daemon, prefix: str) -> list[dict[str, Any]]:
+    """The lines of a list of locks."""
+    answer = daemon.request("GET", "/lease?prefix=" + urllib.parse.quote(prefix, safe=""))
+    assert (answer.status, answer.headers["content-type"]) == (200, "application/x-ndjson")
+    assert not answer.text or answer.text.endswith("\n")
+    return [json.loads(line) for line in answer.text.split("\n")[:-1]]
+
+
+def test_a_prefix_lists_its_locks_sorted_and_without_their_leases(daemon: Daemon, key: str) -> None:
+    names = [f"{key}/{name}" for name in ("b", "", "a/b", "é", "a", "ab")]
+    grants = {name: daemon.acquire(name, value=f"held by {name}\n🔒") for name in names}
+    gone, *_ = daemon.acquire(f"{key}/gone").text, daemon.acquire(key), daemon.acquire(f"{key}0")
+    daemon.release(gone)
+
+    lines = listed(daemon, f"{key}/")
+
+    assert lines == [
+        {"key": name, "value": f"held by {name}\n🔒", "fencing_token": grants[name].token} for name in sorted(names)
+    ]
+    assert listed(daemon, f"{key}/a") == [line for line in lines if line["key"].startswith(f"{key}/a")]
+    assert listed(daemon, f"{key}/x") == []
+
+
+@pytest.mark.parametrize(
+    "end", ["\x7f", "\0", "\n", "ключ", "\u07ff", "\ud7ff", "\uffff", "🔒", "\U0010ffff"], ids=ascii
+)
+def test_any_text_is_a_prefix_and_the_order_is_that_of_unicode(daemon: Daemon, key: str, end: str) -> None:
+    names = [key + end + more for more in ("", "\x7f", "\ud7ff", "\ue000", "\uffff", "\U00010000", "\U0010ffff")]
+    for name in (*reversed(names), key + chr(max(0, ord(end[0]) - 1)), key):
+        daemon.acquire(name)
+
+    assert [line["key"] for line in listed(daemon, key + end)] == names
+
+
+@pytest.mark.parametrize("storage", ["mock", "etcd"])
+def test_an_empty_prefix_lists_all_locks_and_nothing_of_other_tenants(
+    own_etcd: Etcd, start: Start, storage: str
+) -> None:
+    daemon = start(storage if storage == "mock" else own_etcd.url)
+    by_hand = ["by hand"] if storage == "etcd" else []
+    for foreign in (b"/shared-lock", b"/shared-lock0", b"/registry/pods/", b"\xff", b"a"):
+        own_etcd.put(foreign, b"theirs")
+    own_etcd.put(b"/shared-lock/by hand")
+
+    assert [line["key"] for line in listed(daemon, "")] == by_hand
+    for name in ("\0", "/shared-lock/k", "🔒", "k"):
+        daemon.acquire(name)
+
+    assert [line["key"] for line in listed(daemon, "")] == ["\0", "/shared-lock/k", *by_hand, "k", "🔒"]
+
+
+def test_a_list_costs_etcd_one_read(on_etcd: Daemon, start: Start, proxy: Proxy, key: str) -> None:
+    daemon, names = start(proxy.url), [f"{key}-{number}" for number in range(3)]
+    for name in names:
+        on_etcd.acquire(name)
+
+    lines = listed(daemon, key)
+
+    assert [line["key"] for line in lines] == names
+    assert proxy.seen == [("/v3/kv/range", "")]
+
+
+@pytest.mark.xfail(strict=True, reason="an answer of more than MAX_ANSWER_BYTES makes one member after the other sick")
+def test_a_list_of_large_values_is_not_blamed_on_etcd(own_etcd: Etcd, start: Start) -> None:
+    daemon = start(own_etcd.url, ETCD_TIMEOUT="2s")
+    for number in range(220):
+        own_etcd.put(b"/shared-lock/k%03d" % number, b"v" * 60_000)
+
+    answer = daemon.request("GET", "/lease?prefix=k")
+
+    assert "etcd member failed" not in daemon.log()
+    assert answer.status != 200 or len(listed(daemon, "k")) == 220
+
+
+@pytest.mark.parametrize("storage", ["mock", "etcd"])
+def test_a_list_ends_after_a_thousand_locks_and_tells_that_there_are_more(
+    own_etcd: Etcd, start: Start, storage: str
+) -> None:
+    daemon = start(storage if storage == "mock" else own_etcd.url)
+    names = [f"k{number:04}" for number in range(1000)]
+    client = Talk(daemon)
+    for at in range(0, 1000, 100):
+        client.say(b"".join(post(lock_body(name), b"x-lease-ttl: 1h") for name in names[at : at + 100]))
+        assert {client.answer().status for _ in range(100)} == {201}
+
+    exactly = listed(daemon, "k")
+    daemon.acquire("k")
+    more = listed(daemon, "k")
+
+    assert [line.get("key") for line in exactly] == names
+    assert [line["key"] for line in more[:-1]] == ["k", *names[:-1]]
+    assert more[-1] == {"more": True}
+
+
+# == Asking again: x-lease-id ========================================================================================
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "9223372036854775808", "x", "", "5.0", "+5", "0x5", "5 5", "5, 5", "٣"])
+def test_a_lease_id_that_is_no_positive_int64_is_400_and_shown(daemon: Daemon, key: str, text: str) -> None:
+    answer = talk(daemon, post(lock_body(key), f"X-Lease-ID: {text}".encode()))
+
+    assert answer.status == 400
+    one_line(answer, "x-lease-id: not ", f'"{text}"')
+    assert daemon.look(key).status == 404
+
+
+@pytest.mark.parametrize("text", ["1", "9223372036854775807", "0000000000000004711"])
+def test_the_smallest_and_the_largest_lease_id_are_used(daemon: Daemon, key: str, text: str) -> None:
+    answers = [acquire_as(daemon, int(text), key), daemon.acquire(key, **{"x-lease-id": text})]
+
+    assert [(answer.status, int(answer.text)) for answer in answers] == [(201, int(text))] * 2
+    assert daemon.release(text.lstrip("0")).status == 200
+
+
+def test_the_same_request_again_is_answered_alike_and_starts_the_ttl_again(
+    daemon: Daemon, key: str, lease_id: int
+) -> None:
+    first = acquire_as(daemon, lease_id, key, "2s")
+    ends = time.monotonic() + 3.2
+
+    while time.monotonic() < ends:
+        again = acquire_as(daemon, lease_id, key, "2s")
+        assert (again.status, again.body, again.token) == (201, first.body, first.token)
+        time.sleep(0.4)
+
+    assert first.text == str(lease_id)
+    assert (daemon.acquire(key).status, daemon.token(key)) == (202, first.token)
+
+
+def test_another_ttl_the_second_time_leaves_the_first_and_tells_it(daemon: Daemon, key: str, lease_id: int) -> None:
+    first = acquire_as(daemon, lease_id, key, "50s")
+
+    others = [acquire_as(daemon, lease_id, key, ttl) for ttl in ("90s", "5s")]
+
+    assert {(answer.status, answer.headers["x-lease-ttl"]) for answer in (first, *others)} == {(201, "50s")}
+    assert json.loads(daemon.look(key).text)["granted_ttl"] == 50
+
+
+def test_another_replica_and_one_after_a_restart_answer_alike(
+    on_etcd: Daemon, etcd: Etcd, start: Start, key: str, lease_id: int
+) -> None:
+    first, before = acquire_as(on_etcd, lease_id, key), etcd.leases()
+    other = start(etcd.url)
+
+    answers = [acquire_as(other, lease_id, key)]
+    other.stop()
+    answers.append(acquire_as(start(etcd.url), lease_id, key))
+
+    assert [(answer.status, answer.body, answer.token) for answer in answers] == [(201, first.body, first.token)] * 2
+    assert etcd.leases() <= before
+
+
+@pytest.mark.parametrize("storage", ["mock", "etcd"])
+@pytest.mark.parametrize("more", [{}, {"x-lease-wait": "5s"}])
+@pytest.mark.parametrize("cache", ["false", "true"])
+def test_of_twenty_copies_at_once_all_get_the_one_lock(
+    own_etcd: Etcd, start: Start, key: str, lease_id: int, storage: str, more: dict[str, str], cache: str
+) -> None:
+    daemon = start("mock" if storage == "mock" else own_etcd.url, CACHE_ENABLED=cache)
+
+    answers = [answer for _, answer in together(20, lambda _: acquire_as(daemon, lease_id, key, **more))]
+
+    assert {(answer.status, answer.text) for answer in answers} == {(201, str(lease_id))}
+    assert {answer.token for answer in answers} == {daemon.token(key)}
+    assert own_etcd.leases() == ({lease_id} if storage == "etcd" else set())
+
+
+@pytest.mark.parametrize("storage", ["mock", "etcd"])
+def test_of_many_that_race_with_ids_of_their_own_one_wins(own_etcd: Etcd, start: Start, key: str, storage: str) -> None:
+    daemon = start("mock" if storage == "mock" else own_etcd.url)
+    lease_ids = [random.randrange(1, 2**63) for _ in range(20)]
+
+    answers = [answer for _, answer in together(20, lambda number: acquire_as(daemon, lease_ids[number], key))]
+
+    [winner] = [answer for answer in answers if answer.status == 201]
+    assert {answer.text for answer in answers if answer.status == 202} == {"0"}
+    assert int(winner.text) in lease_ids and winner.token == daemon.token(key)
+    assert own_etcd.leases() <= set(lease_ids)
+
+
+@pytest.mark.parametrize("made_before", [False, True])
+def test_a_loser_leaves_the_lease_that_its_caller_chose_and_asks_again_with_it(
+    on_etcd: Daemon, etcd: Etcd, proxy: Proxy, start: Start, key: str, lease_id: int, pool: Pool, made_before: bool
+) -> None:
+    daemon = start(proxy.url)
+    if made_before:
+        etcd.call("/lease/grant", {"ID": lease_id, "TTL": 60})
+
+    proxy.rule = ("/v3/kv/txn", "stop", 1)
+    loser = pool.submit(acquire_as, daemon, lease_id, key)
+    eventually(lambda: ("/v3/kv/txn", "stop") in proxy.seen)
+    winner = on_etcd.acquire(key)
+    proxy.go_on.set()
+
+    assert (winner.status, loser.result(10).status) == (201, 202)
+    assert on_etcd.token(key) == winner.token
+    assert lease_id in etcd.leases()
+    on_etcd.release(winner.text)
+    assert acquire_as(daemon, lease_id, key).token > winner.token
+
+
+def test_a_losers_clean_up_that_comes_late_takes_no_lock_from_its_repetition(
+    on_etcd: Daemon, proxy: Proxy, start: Start, key: str, lease_id: int, pool: Pool
+) -> None:
+    daemon = start(proxy.url)
+    proxy.rules(("/v3/kv/txn", "hold", 1), ("/v3/lease/revoke", "stop", 1))
+    loser = pool.submit(acquire_as, daemon, lease_id, key)
+    eventually(lambda: ("/v3/kv/txn", "hold") in proxy.seen)
+    winner = on_etcd.acquire(key).text
+    assert eventually(lambda: ("/v3/lease/revoke", "stop") in proxy.seen or loser.done())
+
+    on_etcd.release(winner)
+    repetition = acquire_as(on_etcd, lease_id, key)
+    proxy.go_on.set()
+
+    assert (loser.result(10).status, repetition.status) == (202, 201)
+    assert on_etcd.keep_alive(repetition.text).status == 200
+    assert on_etcd.token(key) == repetition.token
+
+
+@pytest.mark.xfail(strict=True, reason="that a lease holds something else is not looked at after the claim")
+def test_of_two_locks_asked_for_with_one_id_at_the_same_time_only_one_is_granted(
+    on_etcd: Daemon, proxy: Proxy, start: Start, key: str, lease_id: int, pool: Pool
+) -> None:
+    daemon = start(proxy.url)
+
+    proxy.rule = ("/v3/kv/txn", "stop", 1)
+    first = pool.submit(acquire_as, daemon, lease_id, key)
+    eventually(lambda: ("/v3/kv/txn", "stop") in proxy.seen)
+    other = acquire_as(on_etcd, lease_id, key + " other")
+    proxy.go_on.set()
+
+    assert sorted((first.result(10).status, other.status)) == [201, 409]
+
+
+def test_with_a_wait_each_copy_gets_the_lock_when_it_is_released(
+    daemon: Daemon, key: str, lease_id: int, pool: Pool
+) -> None:
+    holder = daemon.acquire(key)
+    copies = [pool.submit(acquire_as, daemon, lease_id, key, **{"x-lease-wait": "50s"}) for _ in range(3)]
+    assert not wait_for_any(copies, 0.5, FIRST_COMPLETED).done
+
+    daemon.release(holder.text)
+
+    answers = [copy.result(10) for copy in copies]
+    assert {(answer.status, answer.text) for answer in answers} == {(201, str(lease_id))}
+    assert {answer.token for answer in answers} == {daemon.token(key)}
+
+
+@pytest.mark.parametrize("storage", ["mock", "etcd"])
+@pytest.mark.parametrize("taken_here", [True, False])
+def test_the_cache_never_refuses_a_caller_its_own_lock(
+    on_etcd: Daemon, etcd: Etcd, start: Start, key: str, lease_id: int, storage: str, taken_here: bool
+) -> None:
+    cached = start("mock" if storage == "mock" else etcd.url, CACHE_ENABLED="true")
+    first = acquire_as(on_etcd if storage == "etcd" and not taken_here else cached, lease_id, key)
+    refusals = [cached.acquire(key).status for _ in range(3)]
+
+    again = acquire_as(cached, lease_id, key)
+
+    assert refusals == [202] * 3
+    assert (again.status, again.body, again.token) == (201, first.body, first.token)
+    assert acquire_as(cached, lease_id + 1 if lease_id == 1 else lease_id - 1, key).status == 202
+    assert cached.release(again.text).status == 200
+    assert cached.acquire(key).status == 201
+
+
+def test_a_precondition_never_refuses_a_caller_its_own_lock(daemon: Daemon, key: str, lease_id: int) -> None:
+    first, again = (acquire_as(daemon, lease_id, key, **{"If-None-Match": "*"}) for _ in "ab")
+
+    assert (first.status, again.status, again.token) == (201, 201, first.token)
+
+
+def test_after_its_release_or_its_end_an_id_takes_the_lock_anew(daemon: Daemon, key: str, lease_id: int) -> None:
+    first = acquire_as(daemon, lease_id, key)
+    daemon.release(first.text)
+
+    second = acquire_as(daemon, lease_id, key, "1s")
+    third = eventually(lambda: (answer := daemon.acquire(key)).status == 201 and answer)
+    late = acquire_as(daemon, lease_id, key)
+
+    assert (second.status, late.status, late.text) == (201, 202, "0")
+    assert first.token < second.token < third.token == daemon.token(key)
+
+
+def test_a_lease_without_a_key_is_used(on_etcd: Daemon, etcd: Etcd, key: str, lease_id: int) -> None:
+    etcd.call("/lease/grant", {"ID": lease_id, "TTL": 70})
+    before = etcd.leases()
+
+    answer = acquire_as(on_etcd, lease_id, key, "60s")
+
+    assert (answer.status, answer.text, answer.headers["x-lease-ttl"]) == (201, str(lease_id), "70s")
+    assert etcd.key(key) == {"create_revision": answer.token, "lease": lease_id, "value": b""}
+    assert etcd.leases() <= before
+
+
+def test_a_lease_that_holds_another_lock_is_409_and_untouched(daemon: Daemon, key: str, lease_id: int) -> None:
+    first = acquire_as(daemon, lease_id, key + " first")
+
+    answer = acquire_as(daemon, lease_id, key)
+    waited = acquire_as(daemon, lease_id, key, **{"x-lease-wait": "5s"})
+
+    assert (answer.status, waited.status) == (409, 409)
+    one_line(answer, f"x-lease-id: in use for something else: {lease_id}")
+    assert (daemon.look(key).status, daemon.token(key + " first")) == (404, first.token)
+    assert acquire_as(daemon, lease_id, key + " first").token == first.token
+
+
+@pytest.mark.parametrize("foreign", [b"/registry/pods/", b"/shared-lock", b"/shared-locks/", b"\xff\x00"])
+def test_a_lease_of_another_tenant_is_409_and_untouched(
+    on_etcd: Daemon, etcd: Etcd, key: str, lease_id: int, foreign: bytes
+) -> None:
+    etcd.call("/lease/grant", {"ID": lease_id, "TTL": 60})
+    etcd.put(foreign + key.encode(), b"theirs", lease_id)
+
+    answer = acquire_as(on_etcd, lease_id, key)
+
+    assert answer.status == 409
+    one_line(answer, str(lease_id))
+    seen = etcd.call("/lease/timetolive", {"ID": lease_id, "keys": True})
+    assert [base64.b64decode(name) for name in seen["keys"]] == [foreign + key.encode()]
+    assert on_etcd.look(key).status == 404
 
 
 # == Waiting for a lock ==============================================================================================
@@ -1990,6 +2626,22 @@ def test_a_waiter_is_served_by_any_replica(on_etcd: Daemon, etcd: Etcd, key: str
     assert waiter.result(4).status == 201
 
 
+def test_a_waiter_hears_of_a_release_here_at_once_and_of_one_elsewhere_within_half_a_second(
+    on_etcd: Daemon, etcd: Etcd, key: str, start: Start, pool: Pool
+) -> None:
+    def seconds(through: Daemon, number: int) -> float:
+        lease = on_etcd.acquire(f"{key}-{number}").text
+        [waiter] = waiters(pool, on_etcd, f"{key}-{number}")
+        assert through.release(lease).status == 200
+        released = time.monotonic()
+        assert waiter.result(5).status == 201
+        return time.monotonic() - released
+
+    elsewhere = start(etcd.url)
+    assert statistics.median(seconds(on_etcd, number) for number in range(5)) < 0.15
+    assert statistics.median(seconds(elsewhere, number) for number in range(5, 10)) < 0.5
+
+
 def test_a_waiter_is_served_when_the_lock_expires(daemon: Daemon, key: str, pool: Pool) -> None:
     daemon.acquire(key, "1s")
 
@@ -2023,19 +2675,19 @@ def test_the_lock_is_never_taken_for_a_waiter_that_hung_up(daemon: Daemon, key: 
     assert daemon.keep_alive(answer.text).status == 200
 
 
-def test_a_waiter_that_hung_up_leaves_nothing_in_etcd(on_etcd: Daemon, etcd: Etcd, key: str) -> None:
+def test_a_waiter_that_hung_up_leaves_nothing_in_etcd(
+    on_etcd: Daemon, etcd: Etcd, proxy: Proxy, start: Start, key: str
+) -> None:
     lease = on_etcd.acquire(key).text
-    gone = send_waiting(on_etcd, key)
-    reads = calls(etcd)["Range"]
-    eventually(lambda: calls(etcd)["Range"] > reads)
-    before, leases = calls(etcd), etcd.leases()
+    gone = send_waiting(start(proxy.url), key)
+    eventually(lambda: proxy.seen)
+    leases = etcd.leases()
 
     gone.close()
     on_etcd.release(lease)
     time.sleep(1)  # more than twice as long as a waiter sleeps between two looks
 
-    after = calls(etcd)
-    assert (after["LeaseGrant"], after["Txn"]) == (before["LeaseGrant"], before["Txn"])
+    assert {path for path, _ in proxy.seen} == {"/v3/kv/range"}
     assert etcd.leases() <= leases - {int(lease)}
     assert on_etcd.look(key).status == 404
 
@@ -2058,16 +2710,18 @@ def test_of_twenty_waiters_each_is_served(daemon: Daemon, key: str, pool: Pool) 
     assert time.monotonic() - started < 4  # each is woken by the release before it, and does not sleep until it looks
 
 
-def test_twenty_waiters_cost_etcd_a_few_reads_a_second(on_etcd: Daemon, etcd: Etcd, key: str, pool: Pool) -> None:
+def test_twenty_waiters_cost_etcd_a_few_reads_a_second(
+    on_etcd: Daemon, proxy: Proxy, start: Start, key: str, pool: Pool
+) -> None:
     lease = on_etcd.acquire(key).text
-    line = waiters(pool, on_etcd, key, 20, "5s")
-    before = calls(etcd)
+    line = waiters(pool, start(proxy.url), key, 20, "5s")
+    before = len(proxy.seen)
 
     answered, _ = wait_for_any(line, 2, FIRST_COMPLETED)
-    cost = calls(etcd) - before
+    cost = [path for path, _ in proxy.seen[before:]]
 
     assert not answered
-    assert set(cost) == {"Range"} and cost["Range"] <= 12
+    assert set(cost) == {"/v3/kv/range"} and len(cost) <= 12
     on_etcd.release(lease)
 
 
@@ -2086,6 +2740,18 @@ def test_two_hundred_waiters_hinder_nobody_and_leave_when_they_hang_up(start: St
     eventually(lambda: daemon.descriptors() < 20)
 
 
+def test_the_longest_wait_ends_a_second_before_a_proxy_would_cut_it(start: Start) -> None:
+    longest = f"import sys; sys.path[0] = {str(HERE)!r}; import shared_lock; shared_lock.MAX_WAIT_SECONDS = 3"
+    daemon = start("mock", command=[PYTHON, "-c", f"{longest}; sys.exit(shared_lock.main(['serve']))"])
+    daemon.acquire("k")
+
+    began = time.monotonic()
+    answer = daemon.acquire("k", **{"x-lease-wait": "3s"})
+
+    assert answer.status == 202
+    assert 1.9 < time.monotonic() - began < 2.9
+
+
 # == Cache ===========================================================================================================
 
 
@@ -2098,16 +2764,17 @@ def cached(folder: Path, etcd: Etcd) -> Iterator[Daemon]:
 
 @pytest.mark.parametrize("taken_here", [True, False])
 def test_a_key_known_to_be_held_costs_etcd_nothing(
-    on_etcd: Daemon, cached: Daemon, etcd: Etcd, key: str, taken_here: bool
+    on_etcd: Daemon, start: Start, proxy: Proxy, key: str, taken_here: bool
 ) -> None:
+    cached = start(proxy.url, CACHE_ENABLED="true")
     (cached if taken_here else on_etcd).acquire(key)
     cached.acquire(key)
-    before = calls(etcd)
+    before = len(proxy.seen)
 
     refusals = [cached.acquire(key) for _ in range(5)]
 
     assert {(refusal.status, refusal.text) for refusal in refusals} == {(202, "0")}
-    assert calls(etcd) == before
+    assert proxy.seen[before:] == []
 
 
 @pytest.mark.parametrize("ask", [Daemon.keep_alive, Daemon.release])
@@ -2137,18 +2804,18 @@ def test_a_cached_refusal_lasts_as_long_as_the_holder_and_not_the_asker(
     assert eventually(lambda: cached.acquire(key, "1h").status == 201, 6)
 
 
-def test_the_least_recently_used_key_leaves_a_full_cache(cached: Daemon, etcd: Etcd, key: str) -> None:
+def test_the_least_recently_used_key_leaves_a_full_cache(start: Start, proxy: Proxy, key: str) -> None:
+    cached = start(proxy.url, CACHE_ENABLED="true", CACHE_SIZE="2")
     for name in "abc":
         cached.acquire(key + name)
-    before = calls(etcd)
+    before = len(proxy.seen)
 
     in_memory = [cached.acquire(key + name).status for name in "bcbc"]
-    between = calls(etcd)
+    between = len(proxy.seen)
     forgotten = cached.acquire(key + "a").status
 
     assert (in_memory, forgotten) == ([202] * 4, 202)
-    assert between == before
-    assert calls(etcd)["Range"] > before["Range"]
+    assert between == before < len(proxy.seen)
 
 
 class LateRead:
@@ -2201,23 +2868,22 @@ def test_keepalives_of_leases_that_nobody_has_cost_others_no_hit(late: LateRead,
 
 
 @pytest.mark.parametrize("renewed", [False, True])
-def test_a_cached_refusal_lasts_as_long_as_the_holder_has_left(monkeypatch: pytest.MonkeyPatch, renewed: bool) -> None:
+def test_a_cached_refusal_lasts_as_long_as_the_holder_has_left(renewed: bool) -> None:
     metrics, clock = shared_lock.Metrics(), Clock()
-    monkeypatch.setattr(time, "monotonic", clock)
     storage = shared_lock.MemoryStorage(clock)
-    service = shared_lock.LockService(storage, metrics, shared_lock.Cache(10, metrics, clock))
-    lease = take(service, "k").lease
+    cache = shared_lock.Cache(storage, 10, metrics, clock)
+    lease = take(cache, "k").lease
     if renewed:
         clock.ahead = 8
-        service.renew(lease)
+        cache.renew(lease)
     storage.release(lease)  # behind the back of the cache
     ends = 18 if renewed else 10
 
     clock.ahead = ends - 0.5
-    assert isinstance(take(service, "k", 3600), shared_lock.Holder)
+    assert isinstance(take(cache, "k", 3600), shared_lock.Holder)
 
     clock.ahead = ends + 0.1
-    assert isinstance(take(service, "k", 3600), shared_lock.Grant)
+    assert isinstance(take(cache, "k", 3600), shared_lock.Grant)
 
 
 # == Storage in memory ===============================================================================================
@@ -2254,7 +2920,7 @@ def test_in_memory_each_renewal_starts_the_ttl_again() -> None:
     clock.ahead = 36.5
     holder = storage.look("k")
 
-    assert holder and (holder.lease, holder.value) == (lease, b"v")
+    assert holder and (holder.lease, holder.value, holder.ttl, holder.granted_ttl) == (lease, "v", 0, 10)
     clock.ahead = 37.1
     assert storage.look("k") is None
 
@@ -2290,7 +2956,7 @@ def test_in_memory_leases_are_random_and_tokens_grow() -> None:
 
 
 class Scripted:
-    """Stands for etcd3gw's client: answers each path by its script, and keeps what was asked.
+    """Stands for the members of etcd: answers each path by its script, and keeps what was asked.
 
     A script maps the end of a path to an answer, an error to raise, or a function that gets what was asked and the
     deadline; a list of those is used up from its beginning.
@@ -2300,10 +2966,10 @@ class Scripted:
         self.script = script
         self.asked: list[tuple[str, Any]] = []
 
-    def get_url(self, path: str) -> str:
-        return path
+    def check_clusters(self, deadline: float) -> None:
+        """All are of one."""
 
-    def post(self, url: str, json: Any, deadline: float) -> Any:
+    def post(self, url: str, *, json: Any, deadline: float, **_: object) -> Any:
         path = next(path for path in self.script if url.endswith(path))
         self.asked.append((path, json))
         step = self.script[path]
@@ -2311,18 +2977,18 @@ class Scripted:
         answer = step(json, deadline) if callable(step) else step
         if isinstance(answer, shared_lock.StorageError):
             raise answer
-        return answer
+        return types.SimpleNamespace(status_code=200, json=lambda: answer)
 
     def of(self, path: str) -> list[Any]:
         return [json for asked, json in self.asked if asked == path]
 
 
-def gateway_on(client: Any) -> shared_lock.Gateway:
-    return shared_lock.Gateway(client)
+def gateway_on(members: Any) -> shared_lock.Gateway:
+    return shared_lock.Gateway(members)
 
 
-def grant(gateway: shared_lock.Gateway, lease: int) -> int:
-    return gateway.grant((lease, 60), soon())
+def claim_of(key: str, lease: int, value: str = "") -> shared_lock.LockRequest:
+    return shared_lock.LockRequest(key, value, 60, lease=lease)
 
 
 def renewed_but(*omitted: int) -> Callable[[Any, float], Any]:
@@ -2356,17 +3022,17 @@ def test_a_keepalive_whose_answer_is_missing_is_repeated() -> None:
 def test_a_lost_claim_whose_holder_cannot_be_read_is_unknown_since_an_earlier_try_may_have_won() -> None:
     client = Scripted({"/kv/txn": {"header": {"revision": "7"}}, "/kv/range": shared_lock.StorageError("no leader")})
 
-    (outcome,) = gateway_on(client).claim([shared_lock.Claim("k", "", 5)], soon())
+    (outcome,) = gateway_on(client).claim([claim_of("k", 5)], soon())
 
     assert type(outcome) is shared_lock.OutcomeUnknown
 
 
 def test_a_lease_that_ended_between_two_tries_to_get_it_is_not_granted() -> None:
     taken = shared_lock.Refused("lease already exists", 9)
-    client = Scripted({"/lease/grant": taken, "/lease/timetolive": {"TTL": "-1"}})
+    client = Scripted({"/kv/range": {}, "/lease/grant": taken, "/lease/timetolive": {"TTL": "-1"}})
 
-    with pytest.raises(shared_lock.Refused, match="ended before it was used"):
-        grant(gateway_on(client), 5)
+    with pytest.raises(shared_lock.StorageError, match="ended before it was used"):
+        take(shared_lock.EtcdStorage(gateway_on(client), timeout=5), "k")
 
 
 def test_a_revoke_that_is_refused_for_another_reason_than_a_lease_that_is_gone_is_an_error() -> None:
@@ -2416,16 +3082,18 @@ def test_a_claim_that_etcd_refuses_is_not_acquired_once_its_lease_is_ended() -> 
     assert [asked["ID"] for asked in client.of("/lease/revoke")] == [asked["ID"] for asked in client.of("/lease/grant")]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def gateway(etcd: Etcd) -> shared_lock.Gateway:
-    """A gateway in this process, as open_storage builds it."""
-    session: Any = shared_lock.EtcdSession(shared_lock.Config.from_env({"SHARED_LOCK_ETCD_ADDR_LIST": etcd.url}))
-    return shared_lock.Gateway(etcd3gw.Etcd3Client(session=session, api_path="/v3/"))
+    """A gateway in this process, as open_storage builds it; it looks at its members to the end of the session."""
+    config = shared_lock.Config.from_env({"SHARED_LOCK_ETCD_ADDR_LIST": etcd.url})
+    gateway = shared_lock.Gateway(shared_lock.Members(config, shared_lock.Metrics()))
+    gateway.start()
+    return gateway
 
 
 def granted(gateway: shared_lock.Gateway, count: int) -> list[int]:
     leases = [shared_lock.new_lease_id() for _ in range(count)]
-    assert [grant(gateway, lease) for lease in leases] == [60] * count
+    assert [gateway.grant(claim_of("k", lease), soon()) for lease in leases] == [60] * count
     return leases
 
 
@@ -2441,8 +3109,8 @@ def test_keepalives_in_one_call_are_all_answered(gateway: shared_lock.Gateway, c
 def test_of_two_claims_of_a_key_in_one_call_the_first_wins(gateway: shared_lock.Gateway, etcd: Etcd, key: str) -> None:
     a, b, c, d = granted(gateway, 4)
     names = [key, key + " another", key, key + " held"]
-    held = gateway.claim([shared_lock.Claim(names[3], "", d)], soon())
-    claims = [shared_lock.Claim(name, "v", lease) for name, lease in zip(names, (a, b, c, c), strict=True)]
+    held = gateway.claim([claim_of(names[3], d)], soon())
+    claims = [claim_of(name, lease, "v") for name, lease in zip(names, (a, b, c, c), strict=True)]
 
     holders: list[Any] = list(gateway.claim(claims, soon()))
 
@@ -2699,7 +3367,11 @@ def kill(member: Etcd) -> None:
 
 
 def freeze(member: Etcd) -> None:
+    """Returns once it is frozen: on a busy machine it may go on for a moment after the signal."""
     member.signal(signal.SIGSTOP)
+    assert member.process
+    stat = Path(f"/proc/{member.process.pid}/stat")
+    eventually(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T")
 
 
 def test_a_member_that_is_frozen_at_the_start_is_noted_before_anybody_asks(own_etcd: Etcd, start: Start) -> None:
@@ -2725,7 +3397,7 @@ def test_refused_connections_are_left_at_once(etcd: Etcd, start: Start, key: str
 
 
 def test_a_member_without_a_leader_is_left_at_once(etcd: Etcd, proxy: Proxy, start: Start, key: str) -> None:
-    proxy.rule = ("/v3/kv/range", "no-leader", 10**6)
+    proxy.rule = (Proxy.ALL, "no-leader", 10**6)
     daemon = start(f"{proxy.url},{etcd.url}", ETCD_TIMEOUT="30s")
 
     answers = together(16, lambda number: daemon.acquire(f"{key}-{number}"))
@@ -2738,11 +3410,17 @@ def test_a_member_without_a_leader_is_left_at_once(etcd: Etcd, proxy: Proxy, sta
 
 def test_replicas_that_start_together_do_not_all_begin_with_the_same_member(etcd: Etcd, key: str) -> None:
     proxies = [Proxy(etcd), Proxy(etcd)]
-    config = shared_lock.Config.from_env({"SHARED_LOCK_ETCD_ADDR_LIST": ",".join(proxy.url for proxy in proxies)})
+    acquire = """if 1:
+        import os, sys, shared_lock as it
+        for number in range(20):
+            storage = it.open_storage(it.Config.from_env(os.environ), it.Metrics())
+            storage.start()
+            assert isinstance(storage.acquire(it.LockRequest(f"{sys.argv[1]}-{number}", ttl=2)), it.Grant)
+    """
 
-    for number in range(20):
-        assert isinstance(take(shared_lock.open_storage(config), f"{key}-{number}", 2), shared_lock.Grant)
+    ended = run_module(["-c", acquire, key], ETCD_ADDR_LIST=",".join(proxy.url for proxy in proxies))
 
+    assert ended.returncode == 0, ended.stderr
     assert all(("/v3/lease/grant", "") in proxy.seen for proxy in proxies)
     for proxy in proxies:
         proxy.close()
@@ -2829,12 +3507,12 @@ def test_certificates_are_read_again_when_replaced(
 def test_a_release_with_defects_is_warned_of_once_a_start(proxy: Proxy, start: Start, release: str) -> None:
     proxy.rule = ("/version", release, 10**6)
 
-    daemon, looks = start(proxy.url), ("/v3/kv/range", "")
-    eventually(lambda: proxy.seen.count(looks) > 2)
+    daemon = start(proxy.url)
+    eventually(lambda: proxy.looked.count((Proxy.LOOK, "")) > 2)
 
     warnings = re.findall("level=warning .*member=.* release=(.*) better=", daemon.log())
     assert warnings == ([release] if release in ("3.4.45", "3.5.22", "3.6.4") else [])
-    assert proxy.seen.count(("/version", release)) == 1
+    assert proxy.looked.count(("/version", release)) == 1
 
 
 @pytest.mark.parametrize("whose", ["good", "lax"])
@@ -2881,7 +3559,7 @@ def test_of_two_clusters_in_one_list_none_grants_until_the_list_is_whole(
     slow = [Proxy(one), Proxy(other)]
     lists = [[one.url, slow[1].url], [other.url, slow[0].url]]  # each daemon knows another cluster first
     for between in slow:
-        between.rule, between.HOLD_SECONDS = ("/v3/kv/range", "hold", 10**6), 1
+        between.rule, between.HOLD_SECONDS = (Proxy.LOOK, "hold", 10**6), 1
 
     def start_and_take(number: int) -> tuple[Daemon, int]:
         daemon = start(",".join(lists[number % 2]))
@@ -3200,38 +3878,134 @@ def test_it_starts_without_etcd_and_readiness_follows_etcd_while_health_does_not
         etcd.stop()
 
 
-def test_operations_are_counted_under_the_names_of_the_go_service(start: Start) -> None:
-    daemon = start("mock", CACHE_ENABLED="true")
+MUST_BE_FREE, MUST_EXIST = {"If-None-Match": "*"}, {"If-Match": "*"}
+GRANTS = "shared_lock_lease_grant_duration_seconds"
+MEMBER_UP, MEMBER_ERRORS = "shared_lock_etcd_member_up", "shared_lock_etcd_errors_total"
+Samples = dict[frozenset[tuple[str, str]], float]
 
-    lease = daemon.acquire("count-me", value="my-value").text
-    assert [daemon.acquire("count-me").status for _ in range(3)] == [202] * 3
+
+def metrics(daemon: Daemon) -> dict[str, Samples]:
+    """The page, which is as Prometheus wants it; promtool has a look, too, where there is one."""
+    answer = daemon.request("GET", "/metrics")
+    assert answer.headers["content-type"].replace(" ", "") == "text/plain;version=0.0.4;charset=utf-8"
+    if shutil.which("promtool"):
+        checked = subprocess.run(["promtool", "check", "metrics"], input=answer.body, capture_output=True, timeout=30)
+        assert (checked.returncode, checked.stdout + checked.stderr) == (0, b"")
+    return parse_metrics(answer.text)
+
+
+def of_member(daemon: Daemon, name: str, url: str) -> float:
+    return parse_metrics(daemon.request("GET", "/metrics").text)[name][frozenset({("member", url)})]
+
+
+def test_operations_are_counted_under_the_names_of_the_go_service(daemon: Daemon, key: str) -> None:
+    before = collections.Counter(operations(daemon))
+
+    lease = daemon.acquire(key, value="my-value").text
+    assert [daemon.acquire(key, **headers).status for headers in ({}, {}, MUST_BE_FREE)] == [202, 202, 412]
     assert [daemon.keep_alive(body).status for body in (lease, lease, "17", "x", '"x"')] == [200, 200, 204, 400, 500]
-    assert [daemon.release(body).status for body in (lease, lease, "x")] == [200, 204, 400]
-    assert [daemon.acquire(key, ttl).status for key, ttl in (("", "1s"), ("k", "x"), ("k", "1s"))] == [400, 400, 201]
+    assert daemon.request("POST", "/keepalive", "17", MUST_EXIST).status == 412
+    assert [daemon.release(body).status for body in (lease, lease, "x", '"x"')] == [200, 204, 400, 500]
+    assert daemon.request("DELETE", "/lease", lease, MUST_EXIST).status == 412
+    assert [daemon.acquire(k, ttl).status for k, ttl in (("", "1s"), (key, "x"), (key, "1s"))] == [400, 400, 201]
 
-    assert operations(daemon) == {"get created": 2, "get accepted": 3, "prolong success": 2, "prolong failure": 1,
-                                  "release success": 1, "release failure": 1}  # fmt: skip
-    assert operations(daemon, "cache") == {"get success": 3, "get failure": 2, "set success": 2, "evict success": 1}
+    assert collections.Counter(operations(daemon)) - before == {
+        "get created": 2, "get accepted": 3, "prolong success": 2, "prolong failure": 2, "release success": 1,
+        "release failure": 2,
+    }  # fmt: skip
     text = daemon.request("GET", "/metrics").text
-    assert not any(secret in text for secret in ("count-me", "my-value", lease))
+    assert not any(secret in text for secret in (key, "my-value", lease))
 
 
-def test_the_time_of_grants_is_a_cumulative_histogram(start: Start) -> None:
+@pytest.mark.parametrize("storage", ["memory", "etcd"])
+def test_what_alerts_rely_on_is_on_the_page_from_the_start(start: Start, etcd: Etcd, storage: str) -> None:
+    daemon = start("mock" if storage == "memory" else etcd.url)
+
+    page = metrics(daemon)
+
+    wanted = {("get", status) for status in ("created", "accepted", "error")}
+    wanted |= {(name, status) for name in ("prolong", "release") for status in ("success", "failure", "error")}
+    labels = [frozenset({("operation", name), ("status", status)}) for name, status in wanted]
+    assert page["shared_lock_lease_operations_total"] == dict.fromkeys(labels, 0)
+    assert page["shared_lock_build_info"] == {frozenset({("version", shared_lock.VERSION)}): 1}
+    assert page["shared_lock_waiting"] == page["shared_lock_log_lines_dropped_total"] == {frozenset(): 0}
+    members = [] if storage == "memory" else [frozenset({("member", etcd.url)})]
+    assert list(page.get(MEMBER_UP, ())) == list(page.get(MEMBER_ERRORS, ())) == members
+
+
+def test_the_page_tells_about_its_process(start: Start) -> None:
+    daemon = start("mock")
+
+    page = metrics(daemon)
+    process = {name: values[frozenset()] for name, values in page.items() if name.startswith("process_")}
+    limit = resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE)[0]
+
+    assert abs(process.pop("process_start_time_seconds") - time.time()) < 60
+    assert 0 < process.pop("process_cpu_seconds_total") < 60
+    assert 8 << 20 < process.pop("process_resident_memory_bytes") < 256 << 20
+    assert abs(process.pop("process_open_fds") - daemon.descriptors()) < 5
+    assert process == {"process_max_fds": limit}
+
+
+def test_uses_of_the_cache_are_counted_under_the_names_of_the_go_service(start: Start) -> None:
+    daemon = start("mock", CACHE_ENABLED="true", CACHE_SIZE="2")
+    before = operations(daemon, "cache")
+
+    statuses = [daemon.acquire("a", "1s").status, daemon.acquire("a").status]  # miss, success; hit
+    time.sleep(1.05)
+    statuses.append(daemon.acquire("a").status)  # expired, update
+    statuses += [daemon.acquire(key).status for key in "bc"]  # misses, successes; the second drops a
+    statuses.append(daemon.acquire("a").status)  # miss; held, which is remembered; drops b
+
+    assert (before, statuses) == ({}, [201, 202, 201, 201, 201, 202])
+    assert operations(daemon, "cache") == {
+        "get miss": 4, "get hit": 1, "get expired": 1, "set success": 4, "set update": 1, "evict size_limit": 2
+    }  # fmt: skip
+    assert metrics(daemon)  # a page of this is well-formed, too
+
+
+def test_what_becomes_of_a_full_cache_and_of_its_entries_is_counted(start: Start) -> None:
+    daemon = start("mock", CACHE_ENABLED="true", CACHE_SIZE="1")
+
+    daemon.acquire("a", "1s")
+    eventually(lambda: daemon.acquire("a").status == 201)
+    daemon.acquire("b")
+
+    counts = operations(daemon, "cache")
+    counts.pop("get hit")
+    assert counts == {"get miss": 2, "get expired": 1, "set success": 2, "set update": 1, "evict size_limit": 1}
+
+
+def test_the_time_of_grants_and_refusals_is_a_cumulative_histogram(start: Start) -> None:
     daemon = start("mock")
     for number in range(5):
         daemon.acquire(str(number))
-    daemon.acquire("0")
+    lease = daemon.acquire("held").text
+    refusals = [daemon.acquire("held", **headers).status for headers in ({}, {}, MUST_BE_FREE)]
+    daemon.acquire("held", **{"x-lease-wait": "1s"})
+    others = [daemon.acquire("").status, daemon.acquire("k", "x").status, daemon.keep_alive(lease).status]
 
-    answer = daemon.request("GET", "/metrics")
+    page = metrics(daemon)
 
-    assert answer.headers["content-type"].replace(" ", "") == "text/plain;version=0.0.4;charset=utf-8"
-    samples, name = parse_metrics(answer.text), "shared_lock_lease_grant_duration_seconds"
-    buckets = {float(dict(labels)["le"]): count for labels, count in samples[name + "_bucket"].items()}
-    assert {dict(labels)["operation"] for labels in samples[name + "_bucket"]} == {"get"}
-    assert (min(buckets), sorted(buckets)[-2], max(buckets)) == (0.001, 10, math.inf)
-    assert list(buckets) == sorted(buckets) and list(buckets.values()) == sorted(buckets.values())
-    assert buckets[math.inf] == samples[name + "_count"][frozenset({("operation", "get")})] == 5
-    assert 0 < samples[name + "_sum"][frozenset({("operation", "get")})] < 5
+    buckets = {float(dict(labels)["le"]): count for labels, count in page[GRANTS + "_bucket"].items()}
+    bounds = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, math.inf]
+    assert (refusals, others) == ([202, 202, 412], [400, 400, 200])
+    assert {dict(labels)["operation"] for labels in page[GRANTS + "_bucket"]} == {"get"}
+    assert list(buckets) == bounds and list(buckets.values()) == sorted(buckets.values())
+    get_only = frozenset({("operation", "get")})
+    assert buckets[math.inf] == page[GRANTS + "_count"][get_only] == 5 + 1 + 3 + 1
+    assert 0 < page[GRANTS + "_sum"][get_only] < 0.9  # without the second in line
+
+
+def test_a_grant_that_took_its_time_is_in_a_later_bucket(start: Start, proxy: Proxy, key: str) -> None:
+    daemon = start(proxy.url)
+    eventually(daemon.ready)
+    proxy.rule = ("/v3/lease/grant", "hold", 1)
+
+    assert daemon.acquire(key).status == 201
+
+    buckets = {float(dict(labels)["le"]): count for labels, count in metrics(daemon)[GRANTS + "_bucket"].items()}
+    assert (buckets[0.25], buckets[8], buckets[math.inf]) == (0, 1, 1)
 
 
 def test_a_caller_that_waits_is_counted_once(start: Start, pool: Pool) -> None:
@@ -3239,11 +4013,97 @@ def test_a_caller_that_waits_is_counted_once(start: Start, pool: Pool) -> None:
     lease = daemon.acquire("k").text
     daemon.acquire("k", **{"x-lease-wait": "1s"})
     [waiter] = waiters(pool, daemon, "k")
+    in_line = metrics(daemon)["shared_lock_waiting"][frozenset()]
 
     daemon.release(lease)
 
     assert waiter.result(5).status == 201
     assert operations(daemon) == {"get created": 2, "get accepted": 1, "release success": 1}
+    assert (in_line, metrics(daemon)["shared_lock_waiting"][frozenset()]) == (1, 0)
+
+
+def test_requests_are_counted_by_path_method_and_code(start: Start) -> None:
+    daemon = start("mock", PPROF_ENABLED="true")
+
+    lease = daemon.acquire("k").text
+    daemon.acquire("k")
+    daemon.acquire("k", **MUST_BE_FREE)
+    daemon.look("k")
+    daemon.keep_alive(lease)
+    daemon.release(lease)
+    for method, path in [("HEAD", "/health"), ("GET", "/ready"), ("GET", "/debug/pprof/"), ("PATCH", "/lease"),
+                         ("BREW", "/tea"), ("GET", "/lease/")]:  # fmt: skip
+        daemon.request(method, path)
+    talk(daemon, b"nonsense\r\n\r\n")
+
+    named = ["path", "method", "code"]
+    counted = metrics(daemon)["shared_lock_http_requests_total"]
+    assert {" ".join(dict(labels)[name] for name in named): n for labels, n in counted.items()} == {
+        "/lease POST 201": 1, "/lease POST 202": 1, "/lease POST 412": 1, "/lease GET 200": 1,
+        "/keepalive POST 200": 1, "/lease DELETE 200": 1, "/health HEAD 200": 1, "/ready GET 200": 1,
+        "/debug/pprof/ GET 200": 1, "/lease other 405": 1, "other other 404": 2, "other other 400": 1,
+    }  # fmt: skip
+
+
+def test_requests_that_are_refused_early_are_counted_under_their_path_too(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "tokens").write_text("secret\n")
+    daemon = start("mock", SERVER_TOKEN_PATH=str(tmp_path / "tokens"))
+    known = b"Authorization: Bearer secret"
+
+    assert daemon.acquire("k").status == 401
+    assert talk(daemon, post(lock_body("k", KIB64 + 1), known)).status == 413
+    assert talk(daemon, get("/nowhere")).status == 401
+
+    page = parse_metrics(talk(daemon, get("/metrics", known)).text)["shared_lock_http_requests_total"]
+    expected = [("/lease", "POST", "401"), ("/lease", "POST", "413"), ("other", "other", "401")]
+    assert page == {frozenset(zip(("path", "method", "code"), one, strict=True)): 1 for one in expected}
+
+
+def test_the_words_of_clients_never_make_the_page_grow(start: Start) -> None:
+    daemon, chance = start("mock"), random.Random(14)
+
+    def nonsense(kind: str) -> bytes:
+        word = "".join(chance.choices("abcxyzABC", k=9))
+        path = {"path": f"/{word}", "method": "/keepalive", "query": f"/lease?key={word}", "version": "/x"}[kind]
+        head = get(path, method=word if kind == "method" else "GET", version="3.1" if kind == "version" else "1.1")
+        return head if kind != "version" else head.replace(b"HTTP/3.1", b"HTTP/1.1\r\n" + word.encode())
+
+    def send(count: int) -> set[str]:
+        requests = [nonsense(kind) for kind in itertools.islice(itertools.cycle(["path", "method", "query"]), count)]
+        with contextlib.closing(Talk(daemon)) as client:
+            for first in range(0, count, 100):
+                client.say(b"".join(requests[first : first + 100]))
+                assert {client.answer().status for _ in requests[first : first + 100]} == {404, 405}
+        assert {talk(daemon, nonsense("version")).status for _ in range(count // 100)} <= {400}
+        return {f"{name} {sorted(labels)}" for name, values in metrics(daemon).items() for labels in values}
+
+    daemon.request("GET", "/metrics")
+    assert send(300) == send(10_000)
+
+
+def test_a_member_that_nobody_asks_is_watched(cluster: Cluster, start: Start) -> None:
+    daemon, victim = start(cluster.urls), cluster.follower()
+    others = [member.url for member in cluster.members if member is not victim]
+    eventually(lambda: all(of_member(daemon, MEMBER_UP, member.url) for member in cluster.members))
+    assert of_member(daemon, MEMBER_ERRORS, victim.url) == 0
+
+    kill(victim)
+
+    eventually(lambda: of_member(daemon, MEMBER_UP, victim.url) == 0, 2)
+    assert of_member(daemon, MEMBER_ERRORS, victim.url) > 0
+    assert [of_member(daemon, MEMBER_UP, url) for url in others] == [1, 1]
+    cluster.heal()
+    eventually(lambda: of_member(daemon, MEMBER_UP, victim.url) == 1, 5)
+    assert operations(daemon) == {}  # all this by itself
+
+
+def test_no_name_of_a_member_spoils_the_page(start: Start) -> None:
+    address = 'http://a"b\\c:1'
+    try:
+        shared_lock.Config.from_env({"SHARED_LOCK_ETCD_ADDR_LIST": address})
+    except shared_lock.ConfigError:
+        return  # as good
+    assert metrics(start(address))
 
 
 # == Profiles ========================================================================================================
@@ -3434,9 +4294,23 @@ def test_help_names_every_variable_and_a_wrong_command_shows_the_usage() -> None
     shown, bare, wrong = run_module([SERVE[0], "--help"]), run_module(SERVE[:1]), run_module([SERVE[0], "sevre"])
 
     assert (shown.returncode, bare.returncode, wrong.returncode) == (0, 2, 2)
-    names = {f"SHARED_LOCK_{name}" for name, _ in UNUSABLE} | {"SHARED_LOCK_SERVER_HOST", "SHARED_LOCK_CLIENT_KEY_PATH"}
+    names = {shared_lock.variable(one.name) for one in dataclasses.fields(shared_lock.Config)}
     assert names <= set(shown.stdout.split()) and shown.stderr == ""
-    assert bare.stderr.startswith("usage: ") and "sevre" in wrong.stderr and "serve" in wrong.stderr
+    usage = "usage: shared_lock.py [-h] [--version] {serve}"
+    assert all(text.startswith(usage) for text in (shown.stdout, bare.stderr, wrong.stderr)), shown.stdout
+    assert "sevre" in wrong.stderr
+
+
+def test_the_usage_ends_with_the_command_since_it_takes_no_more() -> None:
+    assert run_module(SERVE[:1]).stderr.splitlines()[0] == "usage: shared_lock.py [-h] [--version] {serve}"
+
+
+def test_the_version_is_told_in_one_word_that_all_others_repeat() -> None:
+    told = run_module([SERVE[0], "--version"])
+
+    assert (told.returncode, told.stderr) == (0, "")
+    assert re.fullmatch(r"shared-lock \d+\.\d+\.\d+\n", told.stdout)  # the log and the metrics tell VERSION, too
+    assert told.stdout.split() == ["shared-lock", shared_lock.VERSION]
 
 
 @pytest.mark.parametrize("family, taken, host", [
@@ -3946,14 +4820,14 @@ def test_who_says_once_that_a_living_lease_is_gone_is_not_believed(
 ) -> None:
     daemon = start(proxy.url)
     lock = daemon.acquire(key)
-    seen = len(proxy.seen)
+    seen = len(proxy.looked)
 
-    proxy.rules((path, "gone", 1), ("/v3/kv/range", then, 1))
+    proxy.rules((path, "gone", 1), (Proxy.LOOK, then, 1))
     answer = ask_about(daemon, what, key, lock.text)
 
     assert answer.status == (201 if what == "acquire again" else 200)
-    asked = proxy.seen[proxy.seen.index((path, "gone"), seen) :]
-    assert ("/v3/kv/range", then) in asked[1 : asked.index((path, ""))]  # a linearizable read comes in between
+    asked = proxy.looked[proxy.looked.index((path, "gone"), seen) :]
+    assert (Proxy.LOOK, then) in asked[1 : asked.index((path, ""))]  # a linearizable read comes in between
     assert what == "release" or etcd.key(key) == {"create_revision": lock.token, "lease": int(lock.text), "value": b""}
 
 
@@ -4007,7 +4881,7 @@ def test_a_call_that_breaks_is_repeated_and_the_lock_is_ours_with_one_lease(
     etcd: Etcd, proxy: Proxy, start: Start, key: str, action: str, times: int, path: str
 ) -> None:
     daemon = start(proxy.url, ETCD_TIMEOUT="5s" if action != "late" else f"{Proxy.LATE_SECONDS * 1.6}s")
-    eventually(lambda: proxy.seen)  # the look at the start
+    eventually(lambda: proxy.looked)
     before = etcd.leases()
 
     proxy.rule = (path, action, times)
@@ -4038,7 +4912,7 @@ def test_keepalive_and_release_are_repeated_too(etcd: Etcd, proxy: Proxy, start:
 def test_a_claim_is_only_sent_once_its_lease_is_granted(proxy: Proxy, start: Start, key: str) -> None:
     """If both came late, from a member that froze, they would take the key once more after its release."""
     daemon = start(proxy.url)
-    eventually(lambda: proxy.seen)  # the look at the start
+    eventually(lambda: proxy.looked)
     daemon.acquire(key + " before")  # opens the connections
     seen = len(proxy.seen)
 
@@ -4083,6 +4957,102 @@ def test_an_answer_says_no_more_than_is_known_and_no_lease_stays(
     assert answer.status == 500
     assert answer.text.startswith(("outcome unknown: ", "not acquired: ") if not found else "outcome unknown: ")
     eventually(lambda: not etcd.leases() - before, 5)  # in the background, long before its ttl
+
+
+@pytest.mark.parametrize("action", ["drop-request", "drop-answer", "no-leader"])
+@pytest.mark.parametrize("path", ["/v3/kv/range", "/v3/lease/grant", "/v3/kv/txn"])
+def test_after_a_first_try_that_died_half_way_the_second_has_the_lock_with_one_lease(
+    etcd: Etcd, proxy: Proxy, start: Start, key: str, lease_id: int, action: str, path: str
+) -> None:
+    daemon, before = start(proxy.url, ETCD_TIMEOUT="700ms"), etcd.leases()
+    eventually(daemon.ready)
+
+    proxy.rule = (path, action, 10**6)
+    first = acquire_as(daemon, lease_id, key)
+    taken = etcd.key(key)
+    proxy.rule = None
+    second = eventually(lambda: (answer := acquire_as(daemon, lease_id, key)).status == 201 and answer)
+
+    assert (first.status, second.text) == (500, str(lease_id))
+    assert etcd.key(key) == {"create_revision": second.token, "lease": lease_id, "value": b""}
+    assert taken in (None, etcd.key(key)) and bool(taken) == ((path, action) == ("/v3/kv/txn", "drop-answer"))
+    assert etcd.leases() - before == {lease_id}
+
+
+@pytest.mark.parametrize("path", ["/v3/lease/grant", "/v3/kv/txn"])
+@pytest.mark.parametrize("chosen", [True, False])
+def test_what_a_lost_answer_may_have_given_is_taken_back_only_from_who_cannot_ask_again(
+    on_etcd: Daemon, etcd: Etcd, proxy: Proxy, start: Start, key: str, lease_id: int, chosen: bool, path: str
+) -> None:
+    daemon, before = start(proxy.url), etcd.leases()
+
+    proxy.rules((path, "drop-answer", 1), (path, "no-space", 1))
+    failed = acquire_as(daemon, lease_id, key) if chosen else daemon.acquire(key)
+    taken, left = etcd.key(key), etcd.leases() - before
+    again = acquire_as(on_etcd, lease_id, key)
+
+    unknown = chosen and path == "/v3/kv/txn"
+    assert (failed.status, again.status) == (500, 201)
+    assert failed.text.startswith("outcome unknown: " if unknown else "not acquired: ")
+    assert (taken is not None, left) == (unknown, {lease_id} if chosen else set())
+    assert again.token == (taken or {"create_revision": again.token})["create_revision"]
+
+
+@pytest.mark.parametrize("action", [action for action in ACTIONS if action != "late"])
+@pytest.mark.parametrize("path", [
+    "/v3/kv/range", "/v3/lease/keepalive", "/v3/lease/grant", "/v3/lease/timetolive", "/v3/kv/txn"
+])  # fmt: skip
+def test_a_repetition_whose_own_calls_break_is_answered_alike(
+    etcd: Etcd, proxy: Proxy, start: Start, key: str, lease_id: int, action: str, path: str
+) -> None:
+    daemon = start(proxy.url)
+    holds = path in ("/v3/kv/range", "/v3/lease/keepalive")  # in the others a first try left a lease without a key
+    etcd.call("/lease/grant", {"ID": lease_id, "TTL": 60})
+    if holds:
+        etcd.put(b"/shared-lock/" + key.encode(), b"", lease_id)
+    taken, before = etcd.key(key), etcd.leases()
+
+    proxy.rule = (path, action, 1)
+    answer = acquire_as(daemon, lease_id, key)
+
+    assert (answer.status, answer.text, (path, action) in proxy.seen) == (201, str(lease_id), True)
+    assert etcd.key(key) == (taken or {"create_revision": answer.token, "lease": lease_id, "value": b""})
+    assert etcd.leases() <= before
+
+
+def test_who_lost_the_answer_on_its_way_asks_again_and_has_the_lock(daemon: Daemon, key: str, lease_id: int) -> None:
+    lossy = Proxy(daemon)
+    lossy.rule = ("/lease", "drop-answer", 1)
+    headers = {"x-lease-id": str(lease_id)}
+
+    with contextlib.closing(lossy):
+        with pytest.raises(http.client.RemoteDisconnected):
+            ask(lossy.port, "POST", "/lease", lock_body(key), headers)
+        token = daemon.token(key)
+        second = ask(lossy.port, "POST", "/lease", lock_body(key), headers)
+
+    assert (second.status, second.text, second.token) == (201, str(lease_id), token)
+    assert (daemon.release(str(lease_id)).status, daemon.look(key).status) == (200, 404)
+
+
+@pytest.mark.parametrize("chosen", [True, False])
+def test_an_answer_that_cannot_be_written_takes_back_only_a_lock_that_nobody_can_ask_for_again(
+    on_etcd: Daemon, etcd: Etcd, proxy: Proxy, start: Start, key: str, lease_id: int, chosen: bool
+) -> None:
+    daemon = start(proxy.url, DEBUG="true")
+    proxy.rule = ("/v3/kv/txn", "wait", 1)
+    client = Talk(daemon, post(lock_body(key), *[b"x-lease-id: %d" % lease_id] * chosen))
+    taken = eventually(lambda: etcd.key(key))
+
+    client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()
+    proxy.go_on.set()
+    eventually(lambda: "connection lost" in daemon.log())
+
+    assert etcd.key(key) == (taken if chosen else None)
+    assert (taken["lease"] in etcd.leases()) == chosen
+    again = acquire_as(on_etcd, lease_id, key)
+    assert (again.status, again.token == taken["create_revision"]) == (201, chosen)
 
 
 def test_keepalive_says_204_only_when_etcd_knows_that_the_lease_is_gone(
@@ -4154,33 +5124,21 @@ def test_with_etcd_out_of_space_acquire_says_so_and_release_still_works(tmp_path
 
 
 class Runner:
-    """`python example.py … -- command` as a child process; the command is a line for sh."""
+    """`python example.py … -- command` as a child process, under another command if one is given."""
 
-    def __init__(self, folder: Path, url: str, key: str, ttl: str, *command: str) -> None:
+    def __init__(self, folder: Path, *arguments: str, under: Sequence[str] = (), **more: Any) -> None:
         self.err_path = folder / f"runner-{next(_numbers)}.err"
         self.out_path = self.err_path.with_suffix(".out")
-        arguments = ["--url", url, "--key", key, "--ttl", ttl, "--", *command]
+        command = [*under, PYTHON, str(HERE / "example.py"), *arguments]
+        more = {"env": clean_env(), "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **more}
         with open(self.out_path, "wb") as out, open(self.err_path, "wb") as err:
-            self.process = subprocess.Popen(
-                [PYTHON, str(HERE / "example.py"), *arguments],
-                stdout=out,
-                stderr=err,
-                env=clean_env(),
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # whatever runs pytest
-            )
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, **more)
 
     def out(self) -> str:
         return self.out_path.read_text()
 
     def err(self) -> str:
         return self.err_path.read_text()
-
-    def asks(self) -> bool:
-        """Whether it has a connection, as while it asks for the lock and waits for the answer."""
-        with contextlib.suppress(OSError):  # a descriptor that is closed meanwhile
-            descriptors = Path(f"/proc/{self.process.pid}/fd").iterdir()
-            return any(os.readlink(one).startswith("socket:") for one in descriptors if int(one.name) > 2)
-        return False
 
     def wait(self, seconds: float = 30) -> int:
         """Its exit status."""
@@ -4189,11 +5147,15 @@ class Runner:
 
 @pytest.fixture
 def run(folder: Path, on_memory: Daemon, key: str) -> Iterator[Callable[..., Runner]]:
-    """Starts runners: run("sh -c", "a line for sh", ttl="60s", on=a daemon); they end with the test."""
+    """Starts runners: run("sh", "-c", "a line", ttl="60s", on=a URL, options=["-n"]); they end with the test.
+
+    A line that is to get a signal does without `sleep` in the foreground: dash drops what comes while it starts one.
+    """
     started: list[Runner] = []
 
-    def start_one(*command: str, ttl: str = "60s", on: str = "", lock: str = key) -> Runner:
-        started.append(Runner(folder, on or on_memory.url, lock, ttl, *command))
+    def start_one(*command: str, ttl: str = "60s", on: str = "", options: Sequence[str] = (), **more: Any) -> Runner:
+        arguments = ["--url", on or on_memory.url, "--key", key, "--ttl", ttl, *options, "--", *command]
+        started.append(Runner(folder, *arguments, **more))
         return started[-1]
 
     yield start_one
@@ -4206,12 +5168,15 @@ def run(folder: Path, on_memory: Daemon, key: str) -> Iterator[Callable[..., Run
         assert "Traceback" not in one.err()
 
 
+Run = Callable[..., Runner]
+
+
 def sh(line: str) -> tuple[str, str, str]:
     return ("sh", "-c", line)
 
 
 def is_free(daemon: Daemon, key: str) -> bool:
-    return daemon.request("GET", f"/lease?key={key}").status == 404
+    return daemon.request("GET", "/lease?key=" + urllib.parse.quote(key)).status == 404
 
 
 def lives(pid: int) -> bool:
@@ -4222,24 +5187,119 @@ def lives(pid: int) -> bool:
         return False
 
 
+def beats(beat: Path) -> bool:
+    """Whether a command still touches its file."""
+    last = beat.stat().st_mtime
+    time.sleep(0.3)
+    return beat.stat().st_mtime != last
+
+
 # Beats every 50 ms, in a grandchild that does not care for SIGTERM; "$0" is the file that shows when it last did.
-STUBBORN = "(trap '' TERM; while :; do echo >\"$0\"; sleep 0.05; done) & echo started; wait"
+STUBBORN = "(trap '' TERM; while :; do echo >\"$0\"; sleep 0.05; done) & echo $SHARED_LOCK_LEASE; wait"
+
+
+class StandIn(http.server.ThreadingHTTPServer):
+    """A shared-lock of one lock that is always granted, but for the answers that are written down.
+
+    Those of "POST /lease" may be ["500 why", "202 0"], then it is granted. "lost" does as asked and hangs up, "silent"
+    says nothing for ever, "trickle" a byte every 50 ms; what has no status in front is sent as it is.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, granted: str, answers: dict[str, list[str]]) -> None:
+        super().__init__(("127.0.0.1", 0), StandInHandler)
+        self.url, self.granted, self.answers = f"http://127.0.0.1:{self.server_port}", granted, answers
+        self.requests: list[tuple[str, dict[str, str], str]] = []  # what was asked for, headers, body
+        self.before_answer: Callable[[], object] = lambda: None
+
+    def asked(self, what: str = "") -> list[str]:
+        return [one for one, _, _ in self.requests if one.startswith(what)]
+
+    def ids(self) -> list[str]:
+        """Of the requests for the lock, and to release it."""
+        return [headers.get("x-lease-id", body) for what, headers, body in self.requests if what.endswith(" /lease")]
+
+    def handle_error(self, *about: object) -> None:
+        """The runner hung up."""
+
+
+class StandInHandler(http.server.BaseHTTPRequestHandler):
+    server: StandIn
+
+    def answer(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
+        what = f"{self.command} {self.path.partition('?')[0]}"
+        self.server.requests.append((what, {name.lower(): value for name, value in self.headers.items()}, body))
+        self.server.before_answer()
+        usual = {"POST /lease": f"201 {self.headers['x-lease-id']}", "GET /lease": "404"}.get(what, "200")
+        say = self.server.answers[what].pop(0) if self.server.answers.get(what) else usual
+        status, _, text = say.partition(" ")
+        while say == "silent":
+            time.sleep(1)
+        if status.isdigit():
+            self.send_response(int(status))
+            self.send_header("x-lease-ttl", self.server.granted)
+            self.send_header("x-fencing-token", "1")
+            self.end_headers()
+        while say == "trickle" or text == "trickle":
+            self.wfile.write(b"H")
+            time.sleep(0.05)
+        self.wfile.write((text if status.isdigit() else say.removeprefix("lost")).encode())
+
+    do_GET = do_POST = do_DELETE = answer
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def stand_in(granted: str = "60s", tls: Path | None = None, **answers: list[str]) -> Iterator[StandIn]:
+    """stand_in(acquire=[…], keepalive=[…], release=[…], holder=[…]); with `tls`, a certificate and its key."""
+    paths = {
+        "acquire": "POST /lease",
+        "keepalive": "POST /keepalive",
+        "release": "DELETE /lease",
+        "holder": "GET /lease",
+    }
+    with StandIn(granted, {paths[what]: list(texts) for what, texts in answers.items()}) as server:
+        if tls:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(tls)
+            server.socket = context.wrap_socket(server.socket, server_side=True)
+            server.url = server.url.replace("http:", "https:")
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def wanted(url: str = "http://127.0.0.1:1", granted: str = "") -> example.Lock:
+    """A lock inside this process, held if a ttl is given."""
+    options = argparse.Namespace(url=url, key="k", ttl=60.0, token_file=None, ca_file=None)
+    lock = example.Lock(options)
+    if granted:
+        assert lock._granted("4711", {"x-lease-ttl": granted, "x-fencing-token": "1"}, example.now())
+    return lock
+
+
+# -- The command and its lock
 
 
 def test_the_command_runs_under_the_lock_and_its_exit_status_is_handed_on(
-    on_memory: Daemon, run: Callable[..., Runner], key: str
+    on_memory: Daemon, run: Run, key: str
 ) -> None:
-    runner = run(*sh("echo $SHARED_LOCK_FENCING_TOKEN; exit 7"))
+    runner = run(*sh("echo $SHARED_LOCK_FENCING_TOKEN $SHARED_LOCK_KEY $SHARED_LOCK_LEASE; exit 7"))
     assert runner.wait() == 7
 
-    token = int(runner.out())
+    token, told_key, lease = runner.out().split()
+    assert told_key == key
+    assert int(lease) > 0
     assert is_free(on_memory, key)
-    assert int(on_memory.acquire(key).headers["x-fencing-token"]) > token
+    assert int(on_memory.acquire(key).headers["x-fencing-token"]) > int(token)
+    assert runner.err() == ""
 
 
-def test_while_the_command_runs_its_lock_is_held_far_beyond_the_ttl(
-    on_memory: Daemon, run: Callable[..., Runner], key: str
-) -> None:
+def test_while_the_command_runs_its_lock_is_held_far_beyond_the_ttl(on_memory: Daemon, run: Run, key: str) -> None:
     runner = run(*sh("echo $SHARED_LOCK_FENCING_TOKEN; sleep 5"), ttl="3s")
     token = int(eventually(runner.out))
 
@@ -4251,15 +5311,13 @@ def test_while_the_command_runs_its_lock_is_held_far_beyond_the_ttl(
     assert runner.err() == ""
 
 
-def test_the_ttl_that_counts_is_the_granted_one(folder: Path) -> None:
-    with stand_in(granted="60s") as (url, requests):
-        runner = Runner(folder, url, "any", "2s", *sh("sleep 2"))
-
-        assert runner.wait() == 0
-        assert requests == ["POST /lease", "DELETE /lease"]  # a third of 2 s has passed, of 60 s it has not
+def test_the_ttl_that_counts_is_the_granted_one(run: Run) -> None:
+    with stand_in(granted="60s") as service:
+        assert run(*sh("sleep 2"), ttl="2s", on=service.url).wait() == 0
+        assert service.asked() == ["POST /lease", "DELETE /lease"]  # a third of 2 s has passed, of 60 s it has not
 
 
-def test_of_three_runners_at_once_only_one_at_a_time_runs_its_command(run: Callable[..., Runner], folder: Path) -> None:
+def test_of_three_runners_at_once_only_one_at_a_time_runs_its_command(run: Run, folder: Path) -> None:
     diary = folder / "diary"
     line = "echo in $SHARED_LOCK_FENCING_TOKEN >>$0; sleep 0.5; echo out $SHARED_LOCK_FENCING_TOKEN >>$0"
 
@@ -4273,37 +5331,109 @@ def test_of_three_runners_at_once_only_one_at_a_time_runs_its_command(run: Calla
     assert len(set(tokens)) == 3
 
 
+def test_of_five_machines_at_the_same_second_one_runs_the_job_and_all_end_well(run: Run) -> None:
+    runners = [run(*sh("echo ran; sleep 3"), options=["-n", "-E", "0"]) for _ in range(5)]
+
+    assert [runner.wait() for runner in runners] == [0] * 5
+    assert sorted(runner.out() for runner in runners) == ["", "", "", "", "ran\n"]
+
+
+def test_with_keep_a_job_that_takes_no_time_runs_once_however_the_clocks_differ(run: Run) -> None:
+    outs = []
+    for _ in range(4):
+        runner = run("echo", "ran", options=["-n", "-E", "0", "--keep"])
+        assert runner.wait() == 0
+        outs.append(runner.out())
+        time.sleep(1)
+
+    assert outs == ["ran\n", "", "", ""]
+
+
+def test_with_keep_the_ttl_runs_from_the_end_of_the_command(run: Run) -> None:
+    with stand_in() as service:
+        assert run("true", on=service.url, options=["--keep"]).wait() == 0
+        assert service.asked() == ["POST /lease", "POST /keepalive"]
+
+
+@pytest.mark.parametrize(
+    ("options", "status"),
+    [(["-n"], 73), (["--wait", "1s"], 73), (["-n", "-E", "5"], 5), (["--wait", "500ms", "-E0"], 0)],
+)
+def test_a_lock_that_is_not_to_be_had_gives_the_conflict_status_and_says_who_has_it(
+    on_memory: Daemon, run: Run, key: str, options: list[str], status: int
+) -> None:
+    on_memory.acquire(key, "60s", "alice")
+    runner = run("echo", "ran", options=options)
+
+    assert runner.wait(10) == status
+    assert runner.out() == ""
+    assert re.fullmatch(r"example.py: held by 'alice', (59|60) s left\n", runner.err())
+
+
+def test_a_lock_that_gets_free_within_the_wait_is_taken(on_memory: Daemon, run: Run, key: str) -> None:
+    other = on_memory.acquire(key).text
+    runner = run("echo", "ran", options=["--wait", "30s"])
+    eventually(runner.err)
+
+    on_memory.release(other)
+
+    assert runner.wait(10) == 0
+    assert runner.out() == "ran\n"
+
+
 def test_a_lock_that_was_waited_for_longer_than_its_ttl_is_as_good_as_any(
-    on_memory: Daemon, run: Callable[..., Runner], key: str
+    on_memory: Daemon, run: Run, key: str
 ) -> None:
     other = on_memory.acquire(key).text
     runner = run(*sh("echo started; sleep 1"), ttl="3s")
-    eventually(runner.asks)
-    time.sleep(3)  # its request is now older than the ttl that it asks for
+    eventually(runner.err)
+    time.sleep(3.2)  # its request is now older than the ttl that it asks for
     assert runner.out() == ""
 
     on_memory.release(other)
 
     assert runner.wait() == 0
     assert runner.out() == "started\n"
+    assert "trying again" not in runner.err()
     assert is_free(on_memory, key)
 
 
-def test_a_service_that_is_away_is_waited_for_and_that_is_told(
-    start: Callable[..., Daemon], run: Callable[..., Runner]
-) -> None:
-    port = free_port()
-    runner = run("echo", "done", on=f"http://127.0.0.1:{port}")
-    eventually(lambda: "trying again" in runner.err())
+def test_a_command_that_dies_by_a_signal_gives_128_and_its_number(run: Run) -> None:
+    assert run(*sh("kill -9 $$")).wait() == 137
 
-    start("mock", SERVER_PORT=str(port))
+
+@pytest.mark.parametrize(("command", "status"), [("/no/such/command", 127), ("/etc/passwd", 126)])
+def test_a_command_that_cannot_be_started_gives_the_status_of_a_shell_and_frees_the_lock(
+    on_memory: Daemon, run: Run, key: str, command: str, status: int
+) -> None:
+    runner = run(command, options=["--keep"])
+
+    assert runner.wait() == status
+    assert command in runner.err()
+    assert is_free(on_memory, key)
+
+
+def test_what_a_command_leaves_behind_ends_before_the_lock_is_released(run: Run) -> None:
+    runner = run(*sh("sleep 1000 & echo $!"))
 
     assert runner.wait() == 0
-    assert runner.out() == "done\n"
+    assert not lives(int(runner.out()))
+
+
+def test_a_lock_that_was_lost_unnoticed_is_told_in_the_end(on_memory: Daemon, run: Run) -> None:
+    runner = run(*sh("echo $SHARED_LOCK_LEASE; sleep 1; exit 3"))
+
+    on_memory.release(eventually(runner.out).strip())
+
+    assert runner.wait() == 3
+    assert "had been lost" in runner.err()
+
+
+# -- A service that is sick, and what it costs
 
 
 def test_a_frozen_service_stops_the_command_and_all_of_its_group_before_the_lease_can_have_ended(
-    start: Callable[..., Daemon], run: Callable[..., Runner], folder: Path
+    start: Callable[..., Daemon], run: Run, folder: Path
 ) -> None:
     daemon, beat = start("mock"), folder / "beat-frozen"
     runner = run(*sh(STUBBORN), str(beat), ttl="4s", on=daemon.url)
@@ -4315,116 +5445,243 @@ def test_a_frozen_service_stops_the_command_and_all_of_its_group_before_the_leas
 
     assert runner.wait() == 75
     assert frozen_at < beat.stat().st_mtime < frozen_at + 4
-    time.sleep(0.3)
-    last = beat.stat().st_mtime
-    time.sleep(0.3)
-    assert beat.stat().st_mtime == last
+    assert not beats(beat)
     assert "could not be kept alive in time" in runner.err()
 
 
-def test_a_service_that_is_frozen_for_a_moment_stops_nothing(
-    start: Callable[..., Daemon], run: Callable[..., Runner]
-) -> None:
-    daemon = start("mock")
-    runner = run(*sh("echo started; sleep 5; echo done"), ttl="6s", on=daemon.url)
-    eventually(runner.out)
-
-    daemon.process.send_signal(signal.SIGSTOP)
-    eventually(lambda: "keepalive failed" in runner.err())
-    daemon.process.send_signal(signal.SIGCONT)
-
-    assert runner.wait() == 0
-    assert runner.out() == "started\ndone\n"
-
-
-def test_one_keepalive_that_is_answered_500_stops_nothing(folder: Path) -> None:
-    with stand_in("500 storage failed", granted="3s") as (url, requests):
-        runner = Runner(folder, url, "any", "3s", *sh("sleep 3"))
+@pytest.mark.parametrize("keepalives", [["silent"], ["500 no answer in 1 s", "500 no answer in 2 s"]])
+def test_keepalives_that_fail_alike_stop_nothing_and_are_told_once(run: Run, keepalives: list[str]) -> None:
+    with stand_in("6s", keepalive=keepalives) as service:
+        runner = run("sleep", "4", on=service.url)
 
         assert runner.wait() == 0
-        assert requests.count("POST /keepalive") >= 2
-        assert "storage failed" in runner.err()
+        assert len(service.asked("POST /keepalive")) > len(keepalives)
+        assert re.fullmatch(r"example.py: keepalive failed, \d.\d s left: .* no answer in .*\n", runner.err())
 
 
-def test_a_revoked_lease_stops_the_command_and_gives_75_whatever_the_command_says(
-    on_memory: Daemon, run: Callable[..., Runner], key: str
-) -> None:
-    runner = run(*sh("trap 'echo told to stop; exit 0' TERM; echo started; while :; do sleep 0.05; done"), ttl="3s")
-    eventually(runner.out)
+def test_a_revoked_lease_stops_the_command_and_gives_75_whatever_the_command_says(on_memory: Daemon, run: Run) -> None:
+    line = "trap 'echo told to stop; exit 0' TERM; echo $SHARED_LOCK_LEASE; sleep 100 & wait"
+    runner = run(*sh(line), ttl="3s")
 
-    lease = on_memory.acquire(key).text
-    assert on_memory.release(lease).status == 200
+    assert on_memory.release(eventually(runner.out).strip()).status == 200
 
     assert runner.wait() == 75
-    assert runner.out() == "started\ntold to stop\n"
+    assert runner.out().endswith("\ntold to stop\n")
     assert "the lock is lost" in runner.err()
 
 
-def test_of_a_revoked_lease_a_stubborn_group_is_killed(
-    on_memory: Daemon, run: Callable[..., Runner], key: str, folder: Path
-) -> None:
+def test_of_a_revoked_lease_a_stubborn_group_is_killed(on_memory: Daemon, run: Run, folder: Path) -> None:
     beat = folder / "beat-revoked"
     runner = run(*sh(STUBBORN), str(beat), ttl="3s")
     eventually(beat.exists)
 
-    on_memory.release(on_memory.acquire(key).text)
+    on_memory.release(runner.out().strip())
 
     assert runner.wait() == 75
-    time.sleep(0.3)
-    last = beat.stat().st_mtime
-    time.sleep(0.3)
-    assert beat.stat().st_mtime == last
+    assert not beats(beat)
 
 
-def test_a_lease_that_is_known_to_be_gone_stops_the_command_long_before_its_ttl() -> None:
-    granted = example.Answer(201, "4711", {"x-lease-ttl": "3600s", "x-fencing-token": "1"})
-    lease = example.Lease(example.Service("http://127.0.0.1:1"), granted, example.now())
-    process = subprocess.Popen(["sh", "-c", "trap '' TERM; exec sleep 15"], process_group=0)
-    started = time.monotonic()
+@pytest.mark.parametrize("how", ["the service said so", "the machine was suspended beyond the ttl"])
+def test_a_lease_that_has_ended_stops_the_command_at_once(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    lock = wanted(granted="3600s")
+    command = example.Command(["sh", "-c", "trap '' TERM; exec sleep 15"], lock)
+    started, woken_at = time.monotonic(), example.now() + 4000
 
-    lease.gone, lease.grace = True, 0.5
-    kept = example.guard(process, lease, queue.SimpleQueue())
-    example.stop(process, lease)
+    if how == "the service said so":
+        lock.gone, lock.grace = True, 0.5
+    else:
+        monkeypatch.setattr(example, "now", lambda: woken_at)
+    kept = example.guard(command, lock, queue.SimpleQueue())
+    command.stop(lock)
 
     assert not kept
-    assert process.returncode in (-signal.SIGTERM, -signal.SIGKILL)
+    assert command.status in (128 + signal.SIGTERM, 128 + signal.SIGKILL)
     assert time.monotonic() - started < 10
 
 
-def test_after_the_machine_was_suspended_beyond_the_ttl_the_command_is_stopped_at_once(
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_service_that_is_away_is_waited_for_and_that_is_told_once(start: Callable[..., Daemon], run: Run) -> None:
+    port = free_port()
+    runner = run("echo", "done", on=f"http://127.0.0.1:{port}")
+    eventually(runner.err)
+    time.sleep(1.5)  # a second try
+
+    start("mock", SERVER_PORT=str(port))
+
+    assert runner.wait() == 0
+    assert runner.out() == "done\n"
+    assert re.fullmatch(r"example.py: no lock yet, trying again: http://127.0.0.1:\d+: .*refused\n", runner.err())
+
+
+def test_pauses_between_failures_grow_to_10_s_and_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
+    lock, pauses = wanted(), list[float]()
+    granted: example.Answer = (201, "1", {"x-lease-ttl": "60s", "x-fencing-token": "1"})
+    answers = iter([*[(500, "away", {})] * 7, granted])
+    monkeypatch.setattr(lock, "request", lambda *a, **h: next(answers))
+    monkeypatch.setattr(time, "sleep", pauses.append)
+
+    assert lock.acquire(math.inf)
+    assert pauses == [1, 2, 4, 8, 10, 10, 10]
+
+
+def test_the_holder_is_told_once_and_again_when_it_changes(run: Run) -> None:
+    holders = [json.dumps({"value": who, "ttl": ttl, "fencing_token": n}) for who, ttl, n in HELD_BY]
+    with stand_in(acquire=["202 0"] * 4, holder=[f"200 {holder}" for holder in holders]) as service:
+        runner = run("true", on=service.url)
+
+        assert runner.wait() == 0
+        assert runner.err().splitlines() == [
+            "example.py: held by 'alice', 9 s left",
+            r"example.py: held by 'b\x1b[31mob', 8 s left",
+        ]
+
+
+HELD_BY = [("alice", 9, 1), ("alice", 8, 1), ("b\x1b[31mob", 8, 2), ("b\x1b[31mob", 7, 2)]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *(
+            "301 elsewhere",
+            "400 \x1b[2Jno more",
+            "401 who?",
+            "403 no",
+            "404 no such path: /lease",
+            "413 too much",
+            "200 <html>",
+        ),
+        *("204", "202 accepted", "SSH-2.0-OpenSSH_9.2\r\n", "HTTP/1.1 what\r\n\r\n"),
+        "HTTP/1.1 201 Created\r\nContent-Length: 4\r\n\r\n4711",  # the Go service before it: no fencing token
+    ],
+)
+def test_what_cannot_get_better_ends_it_with_69_and_the_reason_in_one_line(run: Run, answer: str) -> None:
+    with stand_in(acquire=[answer]) as service:
+        runner = run("echo", "ran", on=service.url)
+
+        assert runner.wait(10) == 69
+        assert runner.out() == ""
+        assert runner.err().count("\n") == 1
+        assert service.url in runner.err()
+        assert answer.partition(" ")[2].strip()[-4:] in runner.err()
+        assert "\x1b" not in runner.err()
+        assert service.asked("POST /lease") == ["POST /lease"]
+
+
+def test_trouble_until_the_wait_is_over_gives_69_and_not_the_conflict_status(run: Run) -> None:
+    runner = run("echo", "ran", on=f"http://127.0.0.1:{free_port()}", options=["-n", "-E", "0"])
+
+    assert runner.wait(10) == 69
+    assert "giving up" in runner.err()
+
+
+def test_a_service_that_stops_and_lets_nobody_wait_does_not_end_the_wait(run: Run) -> None:
+    with stand_in(acquire=["202 0", "202 0", "202 0"]) as service:
+        assert run("true", on=service.url, options=["--wait", "30s"]).wait() == 0
+        asked = [headers.get("x-lease-wait") for what, headers, _ in service.requests if what == "POST /lease"]
+        assert asked[0] is None  # to tell early who holds it
+        assert all(25 < float(str(wait).removesuffix("s")) <= 30 for wait in asked[1:])
+
+
+@pytest.mark.parametrize("lost", [["lost"], ["500 outcome unknown", "lost"], ["502 from a proxy"]])
+def test_a_lost_answer_costs_one_more_request_with_the_same_id(run: Run, lost: list[str]) -> None:
+    with stand_in(acquire=lost) as service:
+        runner = run(*sh("echo $SHARED_LOCK_LEASE"), on=service.url, options=["-n"] if len(lost) == 1 else [])
+
+        assert runner.wait() == 0
+        assert set(service.ids()) == {runner.out().strip()}  # the one that was released, too
+        assert 0 < int(runner.out()) < 2**63
+        assert len(service.asked("POST /lease")) == len(lost) + 1
+
+
+def test_an_id_that_is_in_use_is_never_asked_for_again_nor_released(run: Run) -> None:
+    with stand_in(acquire=["409 in use", "lost", "lost"]) as service:
+        assert run("true", on=service.url, options=["--wait", "1ms"]).wait() == 69
+        assert service.ids().count(service.ids()[0]) == 1
+        assert service.asked()[-1] == "DELETE /lease"
+
+
+@pytest.mark.parametrize("ending", ["a signal", "the end of the wait"])
+def test_a_claim_whose_outcome_is_unknown_is_withdrawn(run: Run, ending: str) -> None:
+    with stand_in(acquire=["silent"] if ending == "a signal" else ["lost", "lost"], release=["silent"]) as service:
+        runner = run("echo", "ran", on=service.url, options=["-n"])
+        eventually(service.asked)
+        if ending == "a signal":
+            runner.process.terminate()
+
+        assert runner.wait(8) == (143 if ending == "a signal" else 69)  # although the release is not answered, either
+        assert service.asked()[-1] == "DELETE /lease"
+        assert len(set(service.ids())) == 1
+        assert runner.out() == ""
+
+
+@pytest.mark.parametrize("answer", ["trickle", "200 trickle", "silent"])
+def test_an_answer_that_never_ends_holds_no_request_beyond_its_time(answer: str) -> None:
+    with stand_in(release=[answer]) as service:
+        threads = threading.active_count()
+        started = time.monotonic()
+
+        assert wanted(service.url).request("DELETE", "/lease", "1", seconds=0.5)[:2] == (0, "no answer in time")
+
+        assert time.monotonic() - started < 2
+        eventually(lambda: threading.active_count() <= threads + 1)  # the stand-in's own
+
+
+def test_a_name_server_that_does_not_answer_holds_no_request_beyond_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    answered = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **more: answered.wait(20) and [])
+    started = time.monotonic()
+
+    assert wanted("http://locks.example").request("GET", "/lease", seconds=0.5)[0] == 0
+
+    assert time.monotonic() - started < 2
+    answered.set()
+
+
+@pytest.mark.parametrize("number", [0, signal.SIGTERM])
+def test_a_release_that_trickles_holds_the_runner_no_longer_than_its_time_out(run: Run, number: int) -> None:
+    with stand_in("6s", release=["trickle"]) as service:
+        runner = run("true", on=service.url)
+        eventually(lambda: service.asked("DELETE"))
+        runner.process.send_signal(number)
+
+        assert runner.wait(5) == 0
+        assert "not released, ends within 6 s" in runner.err()
+
+
+# -- Signals
+
+
+def test_every_signal_that_ends_a_process_is_handed_on_and_none_leaves_the_command_behind(
+    on_memory: Daemon, run: Run, key: str
 ) -> None:
-    granted = example.Answer(201, "4711", {"x-lease-ttl": "3600s", "x-fencing-token": "1"})
-    lease = example.Lease(example.Service("http://127.0.0.1:1"), granted, example.now())
-    process = subprocess.Popen(["sleep", "60"], process_group=0)
+    ends_nothing = "SIG(CHLD|CLD|CONT|URG|WINCH|STOP|TSTP|TTIN|TTOU|PIPE|XFSZ)"  # Python ignores the last two
+    numbers = [one for one in signal.valid_signals() if not re.fullmatch(ends_nothing, getattr(one, "name", ""))]
+    runners = {number: run(*sh("echo $$; exec sleep 100"), options=["--key", f"{key}{number}"]) for number in numbers}
+    commands = {number: int(eventually(runner.out, 30)) for number, runner in runners.items()}
 
-    woken_at = example.now() + 4000
-    monkeypatch.setattr(example, "now", lambda: woken_at)
-    kept = example.guard(process, lease, queue.SimpleQueue())
-    example.stop(process, lease)
+    for number, runner in runners.items():
+        runner.process.send_signal(number)
 
-    assert not kept
-    assert process.returncode in (-signal.SIGTERM, -signal.SIGKILL)
+    for number, runner in runners.items():
+        fatal = number in (signal.SIGKILL, signal.SIGILL, signal.SIGBUS, signal.SIGFPE, signal.SIGSEGV, signal.SIGSYS)
+        assert runner.wait() == (-number if fatal else 128 + number)
+        assert fatal or is_free(on_memory, f"{key}{number}")
+        eventually(lambda command=commands[number]: not lives(command))  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_is_handed_on_and_the_lock_released(
-    on_memory: Daemon, run: Callable[..., Runner], key: str, number: int
-) -> None:
-    name = signal.Signals(number).name[3:]
-    runner = run(*sh(f"trap 'echo {name}; exit 42' {name}; echo started; while :; do sleep 0.05; done"))
+@pytest.mark.parametrize("name", ["TERM", "INT", "HUP", "QUIT", "USR1", "USR2", "ALRM"])
+def test_a_command_may_answer_a_signal_as_it_likes(on_memory: Daemon, run: Run, key: str, name: str) -> None:
+    runner = run(*sh(f"trap 'echo {name}; exit 42' {name}; echo started; sleep 100 & wait"))
     eventually(runner.out)
 
-    runner.process.send_signal(number)
+    runner.process.send_signal(signal.Signals[f"SIG{name}"])
 
     assert runner.wait() == 42
     assert runner.out() == f"started\n{name}\n"
     assert is_free(on_memory, key)
 
 
-def test_a_command_that_ignores_sigterm_keeps_its_lock_until_it_ends(
-    on_memory: Daemon, run: Callable[..., Runner], key: str
-) -> None:
+def test_a_command_that_ignores_sigterm_keeps_its_lock_until_it_ends(on_memory: Daemon, run: Run, key: str) -> None:
     runner = run(*sh("trap '' TERM; echo started; sleep 4; echo done"), ttl="3s")
     eventually(runner.out)
 
@@ -4436,13 +5693,29 @@ def test_a_command_that_ignores_sigterm_keeps_its_lock_until_it_ends(
     assert runner.out() == "started\ndone\n"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_without_a_terminal_a_command_that_is_stopped_keeps_its_lock(
+    on_memory: Daemon, run: Run, folder: Path, key: str
+) -> None:
+    beat = folder / "beat-stopped-lock"
+    runner = run(*sh(STUBBORN), str(beat), ttl="2s", start_new_session=True)
+    eventually(beat.exists)
+
+    runner.process.send_signal(signal.SIGTSTP)
+    eventually(lambda: not beats(beat))
+    time.sleep(2.5)
+    assert not is_free(on_memory, key)
+    runner.process.send_signal(signal.SIGCONT)
+
+    eventually(lambda: beats(beat))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1])
 def test_a_signal_while_waiting_ends_the_wait_and_nothing_is_left_in_line(
-    on_memory: Daemon, run: Callable[..., Runner], key: str, number: int
+    on_memory: Daemon, run: Run, key: str, number: int
 ) -> None:
     other = on_memory.acquire(key).text
     runner = run("echo", "started")
-    eventually(runner.asks)
+    eventually(runner.err)
 
     runner.process.send_signal(number)
 
@@ -4453,38 +5726,250 @@ def test_a_signal_while_waiting_ends_the_wait_and_nothing_is_left_in_line(
     assert on_memory.acquire(key).status == 201
 
 
-def test_a_command_that_dies_by_a_signal_gives_128_and_its_number(run: Callable[..., Runner]) -> None:
-    assert run(*sh("kill -9 $$")).wait() == 137
+def test_a_runner_that_is_killed_takes_all_of_its_command_along(run: Run, folder: Path) -> None:
+    beat = folder / "beat-killed"
+    runner = run(*sh(STUBBORN), str(beat))
+    eventually(beat.exists)
+
+    runner.process.kill()
+
+    eventually(lambda: not beats(beat))
 
 
-@pytest.mark.parametrize(("command", "status"), [("/no/such/command", 127), ("/etc/passwd", 126)])
-def test_a_command_that_cannot_be_started_gives_the_status_of_a_shell_and_frees_the_lock(
-    on_memory: Daemon, run: Callable[..., Runner], key: str, command: str, status: int
-) -> None:
-    runner = run(command)
+def test_under_nohup_a_hangup_ends_neither_the_runner_nor_its_command(run: Run) -> None:
+    runner = run(*sh("echo $$; sleep 1; echo done"), preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    command = int(eventually(runner.out))
 
-    assert runner.wait() == status
-    assert command in runner.err()
-    assert is_free(on_memory, key)
-
-
-def test_what_a_command_leaves_behind_ends_before_the_lock_is_released(run: Callable[..., Runner]) -> None:
-    runner = run(*sh("sleep 1000 & echo $!"))
+    runner.process.send_signal(signal.SIGHUP)
+    os.kill(command, signal.SIGHUP)
 
     assert runner.wait() == 0
-    assert not lives(int(runner.out()))
+    assert runner.out() == f"{command}\ndone\n"
 
 
-def test_a_lock_that_was_lost_unnoticed_is_told_in_the_end(
-    on_memory: Daemon, run: Callable[..., Runner], key: str
+# -- Where it is started: cron, a container, a terminal
+
+
+@pytest.mark.parametrize("closed", ["", "<&-", "<&- >&- 2>&-"])
+def test_in_an_empty_environment_and_with_closed_descriptors_it_works(run: Run, folder: Path, closed: str) -> None:
+    wrote = folder / f"wrote-{next(_numbers)}"
+    runner = run(*sh(f"readlink /proc/$PPID/fd/2 >{wrote}"), env={}, under=["sh", "-c", f'exec "$@" {closed}', "sh"])
+
+    assert runner.wait() == 0
+    assert wrote.read_text().strip() == ("/dev/null" if "2>" in closed else str(runner.err_path))  # and no socket
+
+
+def test_as_pid_1_it_waits_for_orphans_and_takes_no_zombie_for_living(run: Run) -> None:
+    line = "sleep 0.1 & (setsid sleep 0.1 &); exec sleep 0.5"  # which waits for neither
+    started = time.monotonic()
+
+    assert run(*sh(line), under=["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]).wait() == 0
+
+    assert time.monotonic() - started < 5  # SIGKILL would have come after 10 s, for a group that seems to live
+
+
+class Screen:
+    """A terminal with an interactive shell in it."""
+
+    def __init__(self, url: str, key: str) -> None:
+        self.key = re.sub("[^a-z0-9]+", "-", key)
+        self.pid, self._fd = os.forkpty()
+        if not self.pid:
+            runner = f"{shlex.quote(PYTHON)} {HERE}/example.py --url {url} --key {self.key} --ttl 3s --"
+            os.execvpe("sh", ["sh", "-i"], clean_env() | {"PS1": "ready> ", "RUN": runner, "ENV": "", "HISTFILE": ""})
+        self._seen = ""
+        self.wait("ready> ")
+
+    def type(self, text: str) -> None:
+        os.write(self._fd, text.encode())
+
+    def wait(self, pattern: str, seconds: float = 10) -> str:
+        """What was written up to this, and the match at its end."""
+
+        def found() -> re.Match[str] | None:
+            while select.select([self._fd], [], [], 0)[0]:
+                self._seen += os.read(self._fd, 1 << 16).decode()
+            return re.search(pattern, self._seen)
+
+        with contextlib.suppress(AssertionError):
+            match = eventually(found, seconds)
+            before, self._seen = self._seen[: match.end()], self._seen[match.end() :]
+            return str(before)
+        raise AssertionError(f"no {pattern!r} in {self._seen!r}")
+
+    def close(self) -> None:
+        """As when its window is closed: the kernel sends SIGHUP to all of it."""
+        os.kill(self.pid, signal.SIGHUP)
+        os.close(self._fd)
+        os.waitpid(self.pid, 0)
+
+
+@pytest.fixture
+def screen(on_memory: Daemon, key: str) -> Iterator[Screen]:
+    found = Screen(on_memory.url, key)
+    yield found
+    with contextlib.suppress(OSError, ChildProcessError):
+        found.close()
+
+
+@pytest.mark.parametrize("pipe", ["", "| cat", "2>&1 | tee /dev/null"])
+def test_the_command_reads_from_the_terminal(screen: Screen, pipe: str) -> None:
+    screen.type(f"$RUN sh -c 'echo on; read x; echo got $x' {pipe}\n")
+    screen.wait("on\r\n")
+    screen.type("hello\n")
+    screen.wait("got hello\r\n")
+    screen.type("read y; echo back $y\n")  # so does the shell afterwards
+    screen.wait("ready> ")
+    screen.type("home\n")
+    screen.wait("back home\r\n")
+
+
+def test_in_a_pipeline_the_others_may_read_from_the_terminal(screen: Screen) -> None:
+    screen.type("$RUN sh -c 'echo on >&2; sleep 1' | { read x </dev/tty; echo got $x; }\n")
+    screen.wait("on\r\n")
+    screen.type("hello\n")
+    screen.wait("got hello\r\n")
+
+
+@pytest.mark.parametrize(("key_", "status"), [("\x03", 130), ("\x1c", 131)])
+def test_what_is_typed_to_end_the_command_ends_it(screen: Screen, key_: str, status: int) -> None:
+    screen.type("ulimit -c 0; $RUN sh -c 'echo on; exec sleep 100'; echo status $?\n")
+    screen.wait("on\r\n")
+
+    screen.type(key_)
+
+    if status == 131:  # of Ctrl-C the rest of the line ends, too
+        screen.wait("status 131")
+    screen.wait("ready> ")
+    screen.type("echo st=$?\n")
+    screen.wait("st=(130|0)\r\n")
+
+
+@pytest.mark.parametrize("held", ["", "held"])
+def test_ctrl_c_ends_the_loop_around_it_too(on_memory: Daemon, screen: Screen, held: str) -> None:
+    if held:
+        on_memory.acquire(screen.key, "60s", "alice")
+    screen.type("while :; do $RUN sh -c 'echo on; exec sleep 100'; done\n")
+    screen.wait("alice" if held else "on\r\n")
+
+    screen.type("\x03")
+
+    screen.wait("ready> ")
+
+
+@pytest.mark.parametrize("pipe", ["", "| cat"])
+def test_ctrl_z_gives_the_prompt_and_fg_the_command(screen: Screen, pipe: str) -> None:
+    screen.type(f"$RUN sh -c 'echo on; read x; echo got $x' {pipe}\n")
+    screen.wait("on\r\n")
+
+    for _ in range(2):
+        screen.type("\x1a")
+        screen.wait("[Ss]topped.*\n(.*\n)*.*ready> ")
+        screen.type("fg\n")
+        screen.wait("sh -c .*\n")
+        time.sleep(0.5)  # what is typed before it goes on is lost, as in any shell
+    screen.type("hello\n")
+
+    screen.wait("got hello\r\n")
+    screen.wait("ready> ")
+
+
+def test_a_command_whose_lease_ended_while_it_was_stopped_never_goes_on(
+    on_memory: Daemon, screen: Screen, folder: Path
 ) -> None:
-    runner = run(*sh("echo started; sleep 1; exit 3"))
-    eventually(runner.out)
+    beat = folder / "beat-stopped"
+    screen.type(f"$RUN sh -c 'while :; do echo >{beat}; sleep 0.05; done'; echo status $?\n")
+    eventually(beat.exists)
+    screen.type("\x1a")
+    screen.wait("ready> ")
+    last = beat.stat().st_mtime
+    eventually(lambda: is_free(on_memory, screen.key))
 
-    on_memory.release(on_memory.acquire(key).text)
+    screen.type("fg; echo status $?\n")
 
-    assert runner.wait() == 3
-    assert "had been lost" in runner.err()
+    screen.wait("the lock is lost\r\n")
+    screen.wait("status 75\r\n")
+    assert beat.stat().st_mtime == last
+
+
+def test_in_the_background_it_waits_for_fg_to_read(screen: Screen) -> None:
+    screen.type("$RUN sh -c 'read x; echo got $x' &\n")
+    screen.wait("ready> ")
+    time.sleep(1)
+    screen.type("jobs\n")
+    screen.wait("topped.*\n")
+
+    screen.type("fg\n")
+    time.sleep(0.5)
+    screen.type("hello\n")
+
+    screen.wait("got hello\r\n")
+
+
+def test_a_terminal_that_is_closed_ends_the_command(on_memory: Daemon, screen: Screen, folder: Path) -> None:
+    beat = folder / "beat-closed"
+    screen.type(f"$RUN sh -c 'while :; do echo >{beat}; sleep 0.05; done'\n")
+    eventually(beat.exists)
+
+    screen.close()
+
+    eventually(lambda: is_free(on_memory, screen.key))
+    assert not beats(beat)
+
+
+# -- The service: a URL, a token, a certificate; and the command line
+
+
+def test_a_path_in_the_url_leads_those_of_all_requests(run: Run) -> None:
+    with stand_in() as service:
+        runner = run("true", on=service.url + "/team/locks/", options=["-n"])
+
+        assert runner.wait() == 69  # a stand-in knows no such path
+        assert service.asked()[0] == "POST /team/locks/lease"
+
+
+def test_a_proxy_of_the_environment_is_not_asked(on_memory: Daemon, run: Run) -> None:
+    away = f"http://127.0.0.1:{free_port()}"
+    assert run("true", env=clean_env() | {"http_proxy": away, "HTTP_PROXY": away, "all_proxy": away}).wait() == 0
+
+
+def test_url_and_token_file_come_from_the_environment_where_they_are_not_given(folder: Path) -> None:
+    token = folder / "token-env"
+    token.write_text("s3cret\n")
+    with stand_in() as service:
+        env = clean_env() | {"SHARED_LOCK_URL": service.url, "SHARED_LOCK_TOKEN_FILE": str(token)}
+        assert Runner(folder, "--key", "k", "--", "true", env=env).wait() == 0
+
+        assert [headers["authorization"] for _, headers, _ in service.requests] == ["Bearer s3cret"] * 2
+
+
+@pytest.mark.parametrize(("renewed", "status"), [("new", 0), ("old", 69)])
+def test_a_401_is_asked_again_once_if_the_token_was_renewed_since(
+    folder: Path, run: Run, renewed: str, status: int
+) -> None:
+    token = folder / f"token-{renewed}"
+    token.write_text("old")
+    with stand_in(acquire=["500 slow", "401 who?"]) as service:
+        runner = run("true", on=service.url, options=["--token-file", str(token)])
+        service.before_answer = lambda: token.write_text(renewed) if len(service.requests) == 2 else None
+
+        assert runner.wait() == status
+        sent = [headers["authorization"] for what, headers, _ in service.requests if what == "POST /lease"]
+        assert sent == ["Bearer old", "Bearer old", "Bearer new"][: 3 if renewed == "new" else 2]
+
+
+def test_a_certificate_is_judged_by_the_ca_file_and_refused_at_once_without(folder: Path, run: Run) -> None:
+    pem = folder / "runner.pem"
+    make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=x -addext"
+    subprocess.run([*make.split(), "subjectAltName=IP:127.0.0.1", "-keyout", pem, "-out", pem], check=True, stderr=-3)
+    pem.write_text(pem.read_text() + subprocess.check_output(["openssl", "x509", "-in", pem], text=True))
+    with stand_in(tls=pem) as service:
+        assert run("true", on=service.url, options=["--ca-file", str(pem)]).wait() == 0
+
+        refused = run("true", on=service.url)
+        assert refused.wait(5) == 69
+        assert "certificate verify failed" in refused.err()
+        assert refused.err().count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -4494,17 +5979,21 @@ def test_a_lock_that_was_lost_unnoticed_is_told_in_the_end(
         (["--key", ""], "--key: missing"),
         (["--key", "k", "--url", "localhost:8080"], "--url: not a URL such as http://localhost:8080: 'localhost:8080'"),
         (["--key", "k", "--url", "http://localhost:x"], "--url: "),
+        (["--key", "k", "--url", "http://h/?a=b"], "--url: "),
+        (["--key", "k", "--url", "http://me:s3cret@h"], "see --token-file"),
+        (["--key", "k", "--url", "htp:/me:s3cret@[h"], "see --token-file"),
         (["--key", "k", "--ttl", "soon"], "--ttl: not a duration such as 15s or 1m30s: 'soon'"),
         (["--key", "k", "--ttl", "15 s"], "--ttl: not a duration"),
-        (["--key", "k", "--ttl", "0s"], "x-lease-ttl: not more than 0"),
-        (["--key", "k", "--ttl", "5parsecs"], "x-lease-ttl: not a duration"),
+        (["--key", "k", "--ttl", "0s"], "--ttl: not more than 0"),
+        (["--key", "k", "--wait", "1m30"], "--wait: not a duration"),
+        (["--key", "k", "-E", "256"], "not 0 to 255"),
+        (["--key", "k", "--token-file", "/no/such"], "'/no/such'"),
+        (["--key", "k", "--url", "https://h", "--ca-file", "/no/such"], "'/no/such'"),
         (["--key", "k", "job.sh"], "unrecognized arguments: job.sh"),
     ],
 )
-def test_a_wrong_call_of_the_runner_is_told_in_one_line(
-    on_memory: Daemon, arguments: list[str], complaint: str
-) -> None:
-    command = [PYTHON, str(HERE / "example.py"), "--url", on_memory.url, *arguments, "--", "echo", "ran"]
+def test_a_wrong_call_of_the_runner_is_told_in_one_line(arguments: list[str], complaint: str) -> None:
+    command = [PYTHON, str(HERE / "example.py"), *arguments, "--", "echo", "ran"]
 
     done = subprocess.run(command, capture_output=True, text=True, env=clean_env(), timeout=20)
 
@@ -4513,78 +6002,34 @@ def test_a_wrong_call_of_the_runner_is_told_in_one_line(
     assert usage.startswith("usage: ")
     assert complaint in line
     assert line.count("\n") == 1
+    assert "s3cret" not in done.stderr
 
 
-def test_a_command_of_nothing_is_a_wrong_call() -> None:
-    done = subprocess.run([PYTHON, str(HERE / "example.py"), "--key", "k", "--"], capture_output=True, text=True)
+@pytest.mark.parametrize("arguments", [["--key", "k", "--"], ["--key", "k"]])
+def test_a_command_of_nothing_is_a_wrong_call(arguments: list[str]) -> None:
+    done = subprocess.run([PYTHON, str(HERE / "example.py"), *arguments], capture_output=True, text=True)
 
     assert done.returncode == 2
     assert "no command after --" in done.stderr
 
 
-def test_without_a_command_the_example_demonstrates_itself(on_memory: Daemon) -> None:
-    command = [sys.executable, str(HERE / "example.py"), "--url", on_memory.url]
+def test_help_lists_the_exit_statuses_and_what_the_command_gets() -> None:
+    text = subprocess.run([PYTHON, str(HERE / "example.py"), "--help"], capture_output=True, text=True).stdout
 
-    done = subprocess.run(command, capture_output=True, text=True, env=clean_env(), timeout=30)
-
-    lines = done.stdout.splitlines()
-    assert done.returncode == 0, done.stderr
-    assert [line.partition(" ")[2].partition(" ")[2] for line in lines[1::2]] == ["has done its job"] * 3
-    tokens = [int(line.rpartition(" ")[2]) for line in lines[::2]]
-    assert tokens == sorted(set(tokens))
-    assert sorted(line[:8] for line in lines[::2]) == ["runner A", "runner B", "runner C"]
-    assert [line[:8] for line in lines[::2]] == [line[:8] for line in lines[1::2]]
+    assert re.findall(r"^  (\d+) ", text, re.MULTILINE) == ["2", "69", "73", "75", "126"]
+    for word in ("127", "128 + N", "SHARED_LOCK_FENCING_TOKEN", "SHARED_LOCK_LEASE", "SHARED_LOCK_KEY"):
+        assert word in text
 
 
-def test_the_example_imports_only_the_standard_library() -> None:
-    imported = {
-        name.partition(".")[0]
-        for node in ast.walk(ast.parse((HERE / "example.py").read_text()))
-        for name in (
-            [alias.name for alias in node.names]
-            if isinstance(node, ast.Import)
-            else [node.module or ""]
-            if isinstance(node, ast.ImportFrom)
-            else []
-        )
-    }
+def test_the_example_is_one_short_file_of_the_standard_library() -> None:
+    source = (HERE / "example.py").read_text()
+    nodes = list(ast.walk(ast.parse(source)))
+    imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
 
-    assert "http" in imported
-    assert imported <= sys.stdlib_module_names
-
-
-@contextlib.contextmanager
-def stand_in(*keepalives: str, granted: str) -> Iterator[tuple[str, list[str]]]:
-    """A service that grants every lock and answers the first keepalives as told ("500 text"), all others well.
-
-    Gives its URL and the list of requests, which grows.
-    """
-    requests: list[str] = []
-    to_say = list(keepalives)
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def answer(self) -> None:
-            requests.append(f"{self.command} {self.path}")
-            status, text, headers = "200", "", {"x-lease-ttl": granted}
-            if requests[-1] == "POST /lease":
-                status, text, headers = "201", "4711", headers | {"x-fencing-token": "1"}
-            elif requests[-1] == "POST /keepalive" and to_say:
-                status, _, text = to_say.pop(0).partition(" ")
-            self.send_response(int(status))
-            for name, value in headers.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(text.encode())
-
-        do_POST = do_DELETE = answer
-
-        def log_message(self, *arguments: object) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}", requests
-        server.shutdown()
+    assert "http.client" in imported
+    assert {name.partition(".")[0] for name in imported} <= sys.stdlib_module_names
+    assert source.count("\n") <= 400
 
 
 # == Dockerfile and kubernetes-example.yaml: what can be checked as text ==============================================
@@ -4647,7 +6092,7 @@ def test_the_ports_and_the_user_of_the_manifest_are_those_of_the_image_and_of_th
 
 def test_the_image_pins_what_the_daemon_imports_and_brings_no_test_tools() -> None:
     dockerfile = (HERE / "Dockerfile").read_text()
-    pins = set(re.findall(r"^ +([a-z0-9-]+)==[0-9.]+ \\$", dockerfile, re.MULTILINE))
+    pins = set(re.findall(r"^ +([a-z0-9-]+)==[0-9.]+(?:post[0-9]+)? \\$", dockerfile, re.MULTILINE))
 
     imported = subprocess.run(
         [sys.executable, "-c", "import etcd3gw, sys; print(*{name.partition('.')[0] for name in sys.modules})"],
@@ -4677,6 +6122,176 @@ def test_the_health_check_of_the_image_tells_a_daemon_from_none(on_memory: Daemo
 
     assert check(on_memory.port) == 0
     assert check(free_port()) == 1
+
+
+# == README.md: what it shows is run as it stands ====================================================================
+
+README = (HERE / "README.md").read_text()
+
+
+def blocks(kind: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{kind}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def shell(name: str) -> str:
+    """The path of a shell. sh is everywhere; where another is not installed, its test is skipped."""
+    path = shutil.which(name)
+    if not path and name != "sh":
+        pytest.skip(f"no {name} on this machine")
+    assert path, "no sh on PATH"
+    return path
+
+
+@pytest.mark.parametrize("options", ["sh -i", "bash --norc -i", "zsh -f -i"])
+def test_the_first_screen_can_be_pasted_into_a_shell_and_prints_what_it_says(tmp_path: Path, options: str) -> None:
+    name, *rest = options.split()
+    command, port = [shell(name), *rest], free_port()
+    screen = README.partition("\n## ")[0]
+    shutil.copy(SERVE[0], tmp_path)
+    (tmp_path / "python3").write_text(f'#!/bin/sh\nexec {shlex.quote(PYTHON)} "$@"\n')
+    (tmp_path / "python3").chmod(0o755)
+    (tmp_path / ".curlrc").write_text(f'connect-to = "localhost:8080::{port}"\n')  # others may use the port 8080
+    home = {"HOME": str(tmp_path), "CURL_HOME": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    env = clean_env() | home | {"SHARED_LOCK_SERVER_PORT": str(port)}
+
+    pasted = "".join(f"{block}echo '<end of block>'\n" for block in blocks("sh", screen))
+    ended = subprocess.run(
+        command, input=pasted, env=env, cwd=tmp_path, text=True, capture_output=True, timeout=60,
+        start_new_session=True,  # an interactive shell takes the terminal
+    )  # fmt: skip
+
+    printed = [part.lstrip("\n") for part in ended.stdout.split("<end of block>")]
+    ttl = re.compile('(?<="ttl": )5[0-9]')  # what is left of 60 s
+    assert (ended.returncode, len(printed)) == (0, 4), ended.stderr
+    assert [ttl.sub("59", part) for part in printed] == [*blocks("text", screen), ""]
+    log = (tmp_path / "shared_lock.log").read_text()
+    assert log.count("event=granted") == log.count("event=released") == log.count("event=stopped") == 1
+
+
+class Guarded:
+    """The README's script for cron, in sh; its job is a line for sh that runs in a folder of its own."""
+
+    def __init__(self, folder: Path, url: str, key: str, job: str) -> None:
+        [script] = [block for block in blocks("sh") if block.startswith("#!/bin/sh\n")]
+        settings = {"SHARED_LOCK_URL": url, "SHARED_LOCK_KEY": key, "SHARED_LOCK_TTL": "10", "SHARED_LOCK_JOB": job}
+        self.folder = folder
+        (folder / "script").write_text(script)
+        self.process = subprocess.Popen(
+            [shell("sh"), "script"], cwd=folder, env=clean_env() | settings, stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def wait(self) -> tuple[int, str]:
+        """Its exit status and what it says; dash says "Terminated" of the keeper, too."""
+        said = self.process.communicate(timeout=30)[1]
+        return self.process.returncode, said.replace("Terminated\n", "")
+
+    def has(self, name: str) -> bool:
+        """Whether the job has made this file."""
+        return (self.folder / name).exists()
+
+
+@pytest.fixture
+def guard(tmp_path: Path, on_memory: Daemon, key: str) -> Iterator[Callable[..., Guarded]]:
+    """Starts the script: guard("a line for sh", url); it ends with the test."""
+    started: list[Guarded] = []
+
+    def start_one(job: str, url: str = on_memory.url) -> Guarded:
+        started.append(Guarded(tmp_path, url, key, job))
+        return started[-1]
+
+    yield start_one
+    for one in started:
+        if one.process.poll() is None:
+            one.process.terminate()
+            one.wait()
+
+
+def test_of_two_copies_of_the_readmes_script_one_runs_its_job(
+    guard: Callable[..., Guarded], on_memory: Daemon, key: str, tmp_path: Path
+) -> None:
+    copies = [guard("echo ran >>ran; while [ ! -e go ]; do sleep 0.05; done; exit 7") for _ in range(2)]
+
+    refused = eventually(lambda: next((one for one in copies if one.process.poll() is not None), None))
+    assert (refused.wait(), is_free(on_memory, key)) == ((73, ""), False)
+    (tmp_path / "go").touch()
+
+    [holder] = [one for one in copies if one is not refused]
+    assert holder.wait() == (7, "")  # the job's
+    assert (tmp_path / "ran").read_text() == "ran\n"
+    assert is_free(on_memory, key)
+
+
+def test_the_readmes_script_keeps_its_lock_until_it_is_stopped(
+    guard: Callable[..., Guarded], on_memory: Daemon, key: str
+) -> None:
+    renewed = operations(on_memory).get("prolong success", 0)
+    holder = guard("trap 'sleep 0.5; echo >stopped; exit' TERM; echo >began; while :; do sleep 0.05; done")
+
+    eventually(lambda: operations(on_memory).get("prolong success", 0) > renewed, 15)
+    holder.process.terminate()
+
+    assert holder.wait() == (143, "")
+    assert holder.has("stopped") and is_free(on_memory, key)
+
+
+@pytest.mark.parametrize("loss", ["released", "frozen"])
+def test_the_readmes_script_stops_its_job_when_the_lock_is_lost_or_may_be(
+    guard: Callable[..., Guarded], start: Start, key: str, tmp_path: Path, loss: str
+) -> None:
+    daemon, job = start("mock"), {"released": "trap 'echo >stopped; exit 0' TERM", "frozen": "trap '' TERM"}[loss]
+    holder = guard(f"{job}; while :; do echo >beat; sleep 0.05; done", daemon.url)
+    eventually(lambda: holder.has("beat"))
+    began = time.monotonic()
+
+    if loss == "released":
+        [granted] = events(daemon, "granted")
+        assert daemon.release(granted["lease"]).status == 200
+        assert daemon.acquire(key).status == 201
+        ended = holder.wait()
+    else:
+        daemon.process.send_signal(signal.SIGSTOP)
+        eventually(lambda: time.time() - (tmp_path / "beat").stat().st_mtime > 1.5, 20)
+        assert time.monotonic() - began - 1.5 < 10  # before the ttl is over
+        daemon.process.send_signal(signal.SIGCONT)
+        ended = holder.wait()
+
+    assert ended == (75, "the lock is lost, or may be soon: the job is stopped\n")
+    assert holder.has("stopped") == (loss == "released")
+    assert is_free(daemon, key) == (loss == "frozen")  # the next holder's lock is not touched
+
+
+def test_without_a_service_the_readmes_script_runs_nothing(guard: Callable[..., Guarded]) -> None:
+    alone = guard("echo >ran", f"http://127.0.0.1:{free_port()}")
+
+    assert alone.wait() == (69, "no lock: status 000\n")
+    assert not alone.has("ran")
+
+
+def test_the_alert_rules_ask_for_samples_that_are_there_from_the_start(
+    start: Start, etcd: Etcd, tmp_path: Path
+) -> None:
+    [rules] = blocks("yaml")
+    page = metrics(start(etcd.url))
+
+    asked = re.findall(r"(shared_lock_\w+)(?:\{(.*?)\})?", rules)
+    wanted = [(name, set(re.findall(r'(\w+)="(\w+)"', labels))) for name, labels in asked]
+    assert len(wanted) >= 5
+    for name, labels in wanted:
+        assert any(labels <= found for found in page[name]), (name, labels)
+    if shutil.which("promtool"):
+        (tmp_path / "rules.yaml").write_text(rules)
+        command = ["promtool", "check", "rules", str(tmp_path / "rules.yaml")]
+        checked = subprocess.run(command, text=True, capture_output=True, timeout=30)
+        assert (checked.returncode, "3 rules found" in checked.stdout) == (0, True), checked.stdout + checked.stderr
+
+
+def test_the_readme_lists_every_variable_with_its_default() -> None:
+    table = dict(re.findall(r"^\| (SHARED_LOCK_\w+) \| (.*?) ?\| .+ \|$", README, re.MULTILINE))
+
+    assert table == {
+        shared_lock.variable(one.name): one.metadata["default"] for one in dataclasses.fields(shared_lock.Config)
+    }
 
 
 # == Benchmark: how fast, beside one raw gateway call of the same kind ===============================================
