@@ -17,8 +17,7 @@ replicas may serve one etcd. The rooms of this file in their order, which is als
     connections                  bytes become a Request, a Response becomes bytes; HTTP stops here
     API                          what a Request asks for: a LockRequest, a lease ID, a key
     service                      what a lock means: acquire, renew, release, wait
-    cache                        a storage in front of the storage: keys that are known to be held
-    memory, etcd                 the storages: the specification, and the same promises over a network that fails
+    cache, memory, etcd          the storages: what is known to be held, the specification, and over a real network
     combiner                     while one call to etcd is under way, later callers gather to share the next
     gateway                      etcd's JSON gateway in our words; base64 and int64-as-text stop here
     members                      which member of etcd to ask, over which connection
@@ -108,8 +107,9 @@ class Log:
             return
         now = time.time()  # the logging module takes 5 µs longer for a line
         stamp = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now))}.{int(now % 1 * 1000):03}Z"
-        words = [f" {k}={v if _PLAIN.fullmatch(str(v)) else quote(v)}" for k, v in {"event": name, **shown}.items()]
-        line = f"time={stamp} level={level}{''.join(words)}"
+        line = f"time={stamp} level={level}"
+        for key, value in {"event": name, **shown}.items():
+            line += f" {key}={value if _PLAIN.fullmatch(str(value)) else quote(value, 500 if key == 'reason' else 120)}"
         with self._mutex:
             lost = f" lines_lost={self.dropped - self._told}" if self.dropped > self._told else ""
             with contextlib.suppress(OSError):  # nobody will ever read it
@@ -124,10 +124,10 @@ log = Log()
 event = log.event
 
 
-def quote(value: object) -> str:
-    """The value as a message shows it: in double quotes, cut at 120 characters, and on one line for every reader."""
+def quote(value: object, limit: int = 120) -> str:
+    """The value as a message shows it: in double quotes, cut at that many characters, on one line for every reader."""
     text = str(value)
-    quoted = json.dumps(text if len(text) <= 120 else text[:119] + "…", ensure_ascii=False)
+    quoted = json.dumps(text if len(text) <= limit else text[: limit - 1] + "…", ensure_ascii=False)
     return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in quoted)
 
 
@@ -224,7 +224,6 @@ _ENDPOINT = re.compile(r"(?:(https?)://)?(?:\[([0-9A-Fa-f:.%]+)\]|([^\s:/?#@\[\]
 _OF_A_SERVICE = r"[^=]+_(SERVICE_(HOST|PORT(_\w+)?)|PORT_[0-9]+_(TCP|UDP|SCTP)(_\w+)?)=|[^=]+_PORT=(tcp|udp|sctp)://"
 
 
-@functools.lru_cache(maxsize=256)
 def parse_duration(text: str) -> Fraction:
     """The seconds in a Go duration ("1m30s", "1500ms") or a bare number of seconds, exactly. Raises ValueError."""
     if len(text) > 100 or not (match := _DURATION.fullmatch(text)):
@@ -243,7 +242,7 @@ def between(low: float, high: float, parse: Callable[[str], Any], unit: str = ""
 
 
 def duration(low: float, high: float, rounded: Callable[[Fraction], float] = float) -> Callable[[str], Any]:
-    return between(low, high, lambda text: rounded(parse_duration(text)), "s")
+    return functools.lru_cache(maxsize=256)(between(low, high, lambda text: rounded(parse_duration(text)), "s"))
 
 
 def matching(pattern: str, expected: str, convert: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -262,7 +261,6 @@ _timeout, _storage = duration(0, MAX_TTL_SECONDS), matching("etcd|mock", "etcd o
 
 
 def endpoints(text: str) -> tuple[Address, ...]:
-    """The addresses in a comma-separated list of `http://h:p`, `https://h:p` and `h:p`. Raises ValueError."""
     addresses = []
     for part in text.split(","):
         if not (match := _ENDPOINT.fullmatch(part.strip())) or not 0 < int(match[4]) < 65536:
@@ -379,6 +377,8 @@ def tls_context(config: Config, purpose: ssl.Purpose, *names: str) -> Renewed[ss
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.verify_flags &= ~ssl.VERIFY_X509_STRICT  # since CPython 3.13; Go and curl accept more, and so do we
         context.verify_mode = ssl.CERT_REQUIRED if ca else context.verify_mode
+        if purpose is ssl.Purpose.CLIENT_AUTH:  # or a stop would send silent callers an alert
+            context.options |= ssl.OP_IGNORE_UNEXPECTED_EOF
         if names:
             with config.usable(names[2], "a file that can be read") as key, open(key, "rb"):
                 expected = f"a certificate in PEM for the open key {variable(names[2])}={quote(key)}"
@@ -390,9 +390,9 @@ def tls_context(config: Config, purpose: ssl.Purpose, *names: str) -> Renewed[ss
 
 
 # == Wire: HTTP/1.1 messages over one socket =========================================================================
-# Connections read requests with it, and members etcd's answers. http.server and http.client parse headers with the
-# e-mail package, which takes longer than all the rest of a request: at 64 connections and on one CPU, /health is
-# answered 47,900 times a second, by http.server (buffered, no Nagle) 14,800 times. Being strict is easier here, too.
+# For requests, and for etcd's answers. The standard library reads headers with its e-mail package, which takes longer
+# than the rest of a request: at 64 connections on one CPU, /health is answered 47,900 times a second, by http.server's
+# handler (buffered, no Nagle) 14,800 times. Being strict is easier here, too.
 
 _TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110, 5.6.2
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
@@ -410,7 +410,8 @@ def parse_headers(lines: Iterable[str]) -> dict[str, str]:
     for line in lines:
         name, colon, value = line.partition(":")
         if not colon or not _TOKEN.fullmatch(name) or _CONTROL.search(value):
-            raise BadRequest(f"not a header: {quote(line)}")
+            secret = "authorization" in headers or "authorization" in line.lower()  # a token is never shown
+            raise BadRequest("not a header, at authorization" if secret else f"not a header: {quote(line)}")
         name, value = name.lower(), value.strip(" \t")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     return headers
@@ -624,7 +625,6 @@ class Connection(socketserver.BaseRequestHandler):
             socket.socket.shutdown(self.wire.sock, how)  # an SSLSocket's own shutdown() would end its TLS
 
     def _serve_one(self) -> bool:
-        """Answers the next request; False when the connection is to be closed."""
         self._await_request()
         limit = self.server.config.server_read_timeout
         try:
@@ -671,7 +671,7 @@ class Connection(socketserver.BaseRequestHandler):
         our half first, the whole a moment later, since closing with bytes unread would destroy the answer."""
         event(DEBUG, "request refused", client=self.client, status=fault.status, reason=fault)
         self.server.api.count(self.head, fault.status)
-        self._send(render(error(fault), None, keep_alive=False))
+        self._send(render(error(fault), self.head, keep_alive=False))
         self.shutdown(socket.SHUT_WR)
         deadline = time.monotonic() + 1
         for _ in range(64):
@@ -754,17 +754,15 @@ class Server(http.server.ThreadingHTTPServer):
                 self.process_request(*self.get_request())
         self.socket.close()
         self.api.service.dismiss_waiting()
-        self._await_closed(min(self.silent_until, deadline))
+        while self.connections and time.monotonic() < min(self.silent_until, deadline):
+            time.sleep(0.01)  # seconds; and not for a notice, so that a second signal ends it
         for connection in filter(None, list(self.connections.values())):
             if not connection.doing:
                 connection.shutdown(socket.SHUT_RD)
-        self._await_closed(deadline)
+        while self.connections and time.monotonic() < deadline:
+            time.sleep(0.01)
         for connection in filter(None, list(self.connections.values())):
             event(WARNING, "connection cut", client=connection.client, doing=connection.doing or "nothing")
-
-    def _await_closed(self, deadline: float) -> None:
-        while self.connections and time.monotonic() < deadline:
-            time.sleep(0.01)  # seconds; and not for a notice, so that a second signal ends it
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -780,7 +778,6 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def _defect(fault: BaseException | None) -> dict[str, object]:
-    """An error that nobody expected, for the log: what, and where."""
     frame = traceback.extract_tb(fault.__traceback__ if fault else None)[-1]
     return {"error": repr(fault), "at": f"{os.path.basename(frame.filename)}:{frame.lineno}"}
 
@@ -827,9 +824,10 @@ class Api:
 
     def count(self, request: Request | None, status: int) -> None:
         """A request that was answered. A caller's own words never become labels."""
-        path = request.path if request and request.path in self._routes else "other"
-        known = request and request.method.replace("HEAD", "GET") in self._routes.get(path, ())
-        self._metrics.count(REQUESTS, path=path, method=request.method if request and known else "other", code=status)
+        path, method = (request.path, request.method) if request else ("", "")
+        methods = self._routes.get(path, {})
+        method = method if method.replace("HEAD", "GET") in methods else "other"
+        self._metrics.count(REQUESTS, path=path if methods else "other", method=method, code=status)
 
     def _no_handler(self, request: Request, methods: Mapping[str, object]) -> Response:
         if not methods:
@@ -924,9 +922,8 @@ def _query(request: Request) -> dict[str, str]:
     return dict(reversed(pairs))
 
 
-# Names of members are matched whatever their case, and the last of two that match counts, as in Go. An integer too
-# long for int64 becomes a float, as in JavaScript; Python would refuse 4,300 digits as no JSON at all. NaN and
-# Infinity, which Python reads and JSON does not have, are refused.
+# Names of members match in any case, and of two the last counts, as in Go. An integer too long for int64 becomes a
+# float, as in JavaScript: Python would refuse 4,300 digits as no JSON at all. NaN and Infinity are none.
 _JSON = json.JSONDecoder(
     object_pairs_hook=lambda members: {name.casefold(): given for name, given in members},
     parse_int=lambda digits: int(digits) if len(digits) <= 20 else float(digits),
@@ -1072,13 +1069,11 @@ class LockService:
             self._wake(wanted.key)
 
     def _wake(self, key: str) -> None:
-        """The first that waits for this key asks now."""
         with self._mutex:
             for mine in self._waiting.get(key, ())[:1]:
                 mine.set()
 
     def dismiss_waiting(self) -> None:
-        """All wait no longer."""
         with self._mutex:
             self._dismissed = True
             for mine in itertools.chain.from_iterable(self._waiting.values()):
@@ -1341,6 +1336,7 @@ class EtcdStorage:
 
     def look(self, key: str) -> Holder | None:
         deadline = deadline_after(self._timeout)
+        self._gateway.check_clusters(deadline)
         holder = self._insist(self._gateway.look, key, deadline, reads=True)
         if not holder or not holder.lease:
             return holder
@@ -1348,7 +1344,9 @@ class EtcdStorage:
         return holder._replace(ttl=found[0], granted_ttl=found[1]) if found else None  # it ended meanwhile
 
     def list_locks(self, prefix: str) -> tuple[list[tuple[str, Holder]], bool]:
-        return self._insist(self._gateway.list_locks, prefix, deadline_after(self._timeout), reads=True)
+        deadline = deadline_after(self._timeout)
+        self._gateway.check_clusters(deadline)
+        return self._insist(self._gateway.list_locks, prefix, deadline, reads=True)
 
     def check(self) -> None:
         deadline = deadline_after(self._timeout)
@@ -1480,10 +1478,11 @@ class Combiner(Generic[Item, Answer]):
 MAX_OPERATIONS = 64  # in one transaction; etcd allows 128, nested ones counted in
 MAX_BATCH_BYTES = 256 << 10  # of keys and values in one call; base64 adds a third, and etcd's limit is 1.5 MiB
 MAX_KEEPALIVES = 64  # lines of 26 bytes in one POST: see _BLANKS
-GRPC_NOT_FOUND, GRPC_UNAVAILABLE, GRPC_UNAUTHENTICATED = 5, 14, 16
+GRPC_NOT_FOUND, GRPC_DENIED, GRPC_UNAVAILABLE, GRPC_UNAUTHENTICATED = 5, 7, 14, 16
 # Codes that mean that nothing was applied, whichever member says it: invalid argument, not found, already exists,
 # permission denied, resource exhausted, failed precondition, out of range, unimplemented, unauthenticated.
 GRPC_REFUSALS = {3, 5, 6, 7, 8, 9, 11, 12, 16}
+Storage = MemoryStorage | EtcdStorage | Cache
 
 
 def part_of_call(size: int) -> float:
@@ -1495,7 +1494,6 @@ class Gateway:
     """Calls to etcd's API. Each raises StorageError if it has no answer by `deadline` (time.monotonic)."""
 
     def __init__(self, members: Members) -> None:
-        """Needs the package etcd3gw."""
         import etcd3gw  # only here, so that the file runs without any package on the mock
 
         client = etcd3gw.Etcd3Client(session=cast(Any, members), api_path="/v3/")
@@ -1569,7 +1567,12 @@ class Gateway:
     def time_to_live(self, lease: int, deadline: float) -> tuple[int, int, list[bytes]] | None:
         """Of a live lease: seconds left, seconds granted, and the keys attached to it, with our prefix or another."""
         post, wanted = self._post("/lease/timetolive"), {"ID": lease, "keys": True}
-        answer = post(json=wanted, deadline=deadline, doubtful=lambda said: int(said.get("TTL", 0)) < 0)
+        try:
+            answer = post(json=wanted, deadline=deadline, doubtful=lambda said: int(said.get("TTL", 0)) < 0)
+        except Refused as fault:
+            if fault.code == GRPC_DENIED:  # it holds a key that our role may not read
+                return 0, 0, [b""]
+            raise
         left, granted = int(answer.get("TTL", 0)), int(answer.get("grantedTTL", 0))
         return (left, granted, list(map(base64.b64decode, answer.get("keys", ())))) if left >= 0 else None
 
@@ -1598,19 +1601,17 @@ def _base64(text: str) -> str:
 def _claim_txn(claim: LockRequest) -> dict[str, Any]:
     """If the key does not exist (create_revision 0), put it with the lease."""
     key, value = _base64(KEY_PREFIX + claim.key), _base64(claim.value)
-    return {
-        "compare": [{"key": key, "target": "CREATE", "create_revision": 0}],
-        "success": [{"request_put": {"key": key, "value": value, "lease": claim.lease}}],
-    }
+    put = {"request_put": {"key": key, "value": value, "lease": claim.lease}}
+    return {"compare": [{"key": key, "target": "CREATE", "create_revision": 0}], "success": [put]}
 
 
 def _holders(answer: dict[str, Any]) -> list[Holder]:
     """The holders in a RangeResponse."""
-    found = []
-    for kv in answer.get("kvs", ()):
-        value = base64.b64decode(kv.get("value", "")).decode("utf-8", "replace")
-        found.append(Holder(int(kv.get("lease", 0)), int(kv["create_revision"]), value))
-    return found
+    found: list[Any] = answer.get("kvs", [])
+    values = [base64.b64decode(kv.get("value", "")).decode(errors="replace") for kv in found]
+    return [
+        Holder(int(kv.get("lease", 0)), int(kv["create_revision"]), one) for kv, one in zip(found, values, strict=True)
+    ]
 
 
 def _ttls(answers: list[dict[str, Any]]) -> dict[int, int]:
@@ -1821,11 +1822,15 @@ class Members:
             before, member.fault, member.failed_at = member.fault, fault, time.monotonic()
             self._members = sorted(self._members, key=lambda one: one is member)  # it becomes the last
         if before is None:
-            event(WARNING, "etcd member failed", member=member.name, reason=fault)
+            event(DEBUG if self._is_spare(member) else WARNING, "etcd member failed", member=member.name, reason=fault)
+
+    def _is_spare(self, member: Member) -> bool:
+        """An address that never answered, of a name with one that did: ::1 of localhost, say, is no member."""
+        return not member.cluster and any(one.cluster for one in self._members if one.endpoint == member.endpoint)
 
     def _samples(self) -> dict[str, float]:
         found: dict[str, float] = {}
-        for one in self._members:
+        for one in itertools.filterfalse(self._is_spare, self._members):
             found[sample("shared_lock_etcd_member_up", member=one.name)] = int(one.fault is None and one.cluster != "")
             found[sample("shared_lock_etcd_errors_total", member=one.name)] = one.errors
         return found
@@ -1836,7 +1841,7 @@ class Members:
         while True:
             if not mine or any(member.fault for member in mine):
                 mine = self._look_up(endpoint)
-            for member in mine:
+            for member in sorted(mine, key=lambda one: ":" in one.host):
                 with contextlib.suppress(StorageError):  # noted at the member
                     self._call(member, *READ, math.inf)  # for as long as a try may take
                     if not member.release:
@@ -1845,16 +1850,19 @@ class Members:
             time.sleep(WATCH_SECONDS)
 
     def _look_up(self, endpoint: Address) -> list[Member]:
-        """The members at the addresses that the endpoint's name has now, IPv4 if any. One that is well stays."""
-        mine = {member.host for member in self._members if member.endpoint == endpoint}
+        """The members at the addresses of the endpoint's name. An old one stays while it is well, or no new one is: or
+        its cluster would be forgotten."""
+        mine = {one.host for one in self._members if one.endpoint == endpoint}
         try:
             found = socket.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM)
-            addresses = {str(info[4][0]) for info in found}
-            hosts = {host for host in addresses if ":" not in host} or addresses
+            hosts = {str(info[4][0]) for info in found}
         except (OSError, UnicodeError):
             hosts = mine or {""}
         with self._mutex:
-            members = [one for one in self._members if one.endpoint != endpoint or one.host in hosts or not one.fault]
+            of_it = [one for one in self._members if one.endpoint == endpoint]
+            has_heir = any(one.cluster for one in of_it if one.host in hosts)
+            gone = [one for one in of_it if one.fault and one.host not in hosts and has_heir]
+            members = [one for one in self._members if one not in gone]
             for host in hosts - mine:  # anywhere: replicas that start together do not all begin with the same
                 address = endpoint if len(hosts) == 1 else endpoint._replace(host=host)
                 members.insert(random.randint(0, len(members)), Member(endpoint, host, address.url()))
@@ -1888,7 +1896,7 @@ class Login:
             return fault
         with self._mutex:
             if self.header == used and time.monotonic() > self._again_at:
-                before, self._refusal = self._refusal, None
+                before, self._refusal, self.header = self._refusal, None, ""  # etcd 3.4 refuses an old one even here
                 try:
                     self.header = f"Authorization: {log_in(self._credentials)['token']}\r\n"
                 except Refused as refusal:
@@ -1902,7 +1910,6 @@ class Login:
 
 @functools.lru_cache(maxsize=256)  # the answers of one second are alike
 def parse_answer_head(data: bytes) -> tuple[int, Mapping[str, str]]:
-    """Status and headers. Raises BadRequest."""
     line, *header_lines = data.decode("latin-1").split("\r\n")
     if not (match := re.match(r"HTTP/1\.[01] ([0-9]{3})", line)):
         raise BadRequest(f"not HTTP: {quote(line)}")
@@ -1936,9 +1943,6 @@ def parse_answer(status: int, text: str, payload: object = None) -> Any:
             ):
                 return answers if many else one
     raise classify(status, text.partition("\n")[0] if status == 200 else text)
-
-
-Storage = MemoryStorage | EtcdStorage | Cache
 
 
 def open_storage(config: Config, metrics: Metrics) -> Storage:
@@ -2164,10 +2168,9 @@ PROFILES: dict[str, Callable[[Request], Response]] = {
 
 
 def be_quick() -> None:
-    """Many threads run here, each for a short while. Only one runs Python at a time, and to hand the interpreter over
-    to a thread on another CPU takes longer than what that thread does then: on one CPU of 2, 150 connections get 25,600
-    refusals/s instead of 12,600, and 1.4 times the keepalives. The CPU is a random one: the kernel moves others away,
-    but not another such daemon."""
+    """Only one thread runs Python at a time, and to hand over to one on another CPU takes longer than what that does
+    then: on one CPU of 2, 150 connections get 25,600 refusals/s instead of 12,600, and 1.4 times the keepalives. The
+    CPU is a random one: the kernel moves others away, but not another such daemon."""
     # Seconds. Among short bursts a forced switch only delays: without this, p99 of refusals is 56 to 84 ms, not 42.
     sys.setswitchinterval(0.02)
     with contextlib.suppress(AttributeError, OSError):  # not Linux, or not allowed: slower, and no worse
@@ -2223,7 +2226,6 @@ def tell_start(config: Config, server: Server) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line: `python shared_lock.py serve`."""
     about, form = "Lends distributed locks over HTTP and keeps them in etcd.", argparse.RawDescriptionHelpFormatter
     epilog = "environment:\n"
     for one in fields(Config):
