@@ -73,7 +73,7 @@ MAX_LOCKS_LISTED = 1000  # by one GET /lease?prefix=
 MAX_HEAD_BYTES = MAX_BODY_BYTES = 64 << 10  # of a request; its head is the request line and the headers
 MAX_HEADERS = 100
 SILENT_SECONDS = 0.5  # how long a stop waits for requests that are on their way on kept connections
-TEXT = "text/plain; charset=utf-8"
+TEXT, PROMETHEUS_TEXT = "text/plain; charset=utf-8", "text/plain; version=0.0.4; charset=utf-8"
 INT64 = range(-(1 << 63), 1 << 63)
 POLL_SECONDS = 0.4  # how late a waiter may learn of a release through another replica
 HUNG_UP_SECONDS = 2  # how late we may notice that a waiting caller has gone
@@ -410,8 +410,8 @@ def parse_headers(lines: Iterable[str]) -> dict[str, str]:
     for line in lines:
         name, colon, value = line.partition(":")
         if not colon or not _TOKEN.fullmatch(name) or _CONTROL.search(value):
-            secret = "authorization" in headers or "authorization" in line.lower()  # a token is never shown
-            raise BadRequest("not a header, at authorization" if secret else f"not a header: {quote(line)}")
+            secret = "authorization" in headers or re.search("authorization|bearer", line, re.IGNORECASE)
+            raise BadRequest(f"not a header: {quote('…' if secret else line)}")  # a token is never shown
         name, value = name.lower(), value.strip(" \t")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     return headers
@@ -798,7 +798,7 @@ class Api:
             "/keepalive": {"POST": self.renew},
             "/health": {"GET": lambda request: Response(200, b"ok\n")},
             "/ready": {"GET": self.ready},
-            "/metrics": {"GET": lambda request: Response(200, metrics.render().encode(), f"{TEXT}; version=0.0.4")},
+            "/metrics": {"GET": lambda request: Response(200, metrics.render().encode(), PROMETHEUS_TEXT)},
         }
         if config.pprof_enabled:
             self._routes |= {f"/debug/pprof/{name}": {"GET": page} for name, page in PROFILES.items()}
@@ -1289,30 +1289,27 @@ class EtcdStorage:
         elif holder:
             return holder
         claim = wanted._replace(lease=wanted.lease or new_lease_id())
-        ttl, made = self._grant(wanted, claim, deadline)
+        ttl = self._grant(wanted, claim, deadline)
         # A lease that may end under a slow etcd goes alone: etcd would refuse all that share the call.
         ask = self._claims.ask if ttl > self._timeout else self._gateway.claim_alone
         try:
             winner = self._insist(ask, claim, deadline)
         except StorageError as fault:
-            settled = not (wanted.lease and isinstance(fault, OutcomeUnknown))
-            if made and settled and self._end_lease(wanted, claim.lease, ttl, deadline):
+            if self._end_lease(wanted, claim.lease, ttl, deadline):
                 raise StorageError(str(fault)) from fault  # not unknown: without its lease there is no lock
             raise
         if winner.lease == claim.lease:
             return Grant(claim.lease, ttl, winner.token)
-        if made:
-            self._end_lease(wanted, claim.lease, ttl, deadline)
+        self._end_lease(wanted, claim.lease, ttl, deadline)
         return winner
 
-    def _grant(self, wanted: LockRequest, claim: LockRequest, deadline: float) -> tuple[int, bool]:
-        """The granted ttl of the lease to claim with; whether this request made it, and ends it if it fails."""
+    def _grant(self, wanted: LockRequest, claim: LockRequest, deadline: float) -> int:
+        """The granted ttl of the lease to claim with."""
         try:
             if ttl := self._insist(self._gateway.grant, claim, deadline):
-                return ttl, True
+                return ttl
         except OutcomeUnknown as fault:  # at worst there is a lease without a key
-            if not wanted.lease:
-                self._end_lease(wanted, claim.lease, wanted.ttl, deadline)
+            self._end_lease(wanted, claim.lease, wanted.ttl, deadline)
             raise StorageError(str(fault)) from fault
         # It exists: by a try of ours whose answer is lost, or by an earlier request of this caller.
         found = self._insist(self._gateway.time_to_live, claim.lease, deadline, reads=True)
@@ -1320,7 +1317,7 @@ class EtcdStorage:
             raise BadRequest(f"x-lease-id: in use for something else: {claim.lease}", 409)
         if not found or not (ttl := self._insist(self._renewals.ask, claim.lease, deadline)):
             raise StorageError("the lease ended before it was used")
-        return ttl, not wanted.lease
+        return ttl
 
     def renew(self, lease: int) -> int:
         return self._insist(self._renewals.ask, lease, deadline_after(self._timeout))
@@ -1367,16 +1364,14 @@ class EtcdStorage:
                     raise unknown or StorageError(str(fault)) from fault
 
     def _end_lease(self, wanted: LockRequest, lease: int, ttl: int, deadline: float) -> bool:
-        """Cleans up after an acquire that failed: True if the lease is gone, else the background goes on. One that the
-        caller chose is ended in one try, and only without a key: a repetition may have got the lock with it."""
+        """Cleans up after an acquire that failed, in the background if need be: True if the lease is gone. One that the
+        caller chose stays to its ttl: a repetition may have got the lock with it since."""
         try:
             if not wanted.lease:
                 self._insist(self._gateway.revoke, lease, deadline)
-            elif (found := self._gateway.time_to_live(lease, deadline)) and not found[2]:
-                self._gateway.revoke(lease, deadline)
-            return True
+            return not wanted.lease
         except StorageError:
-            if not wanted.lease and self._doomed.qsize() < MAX_DOOMED:
+            if self._doomed.qsize() < MAX_DOOMED:
                 self._doomed.put((time.monotonic() + ttl, lease))
             return False
 

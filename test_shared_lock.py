@@ -803,8 +803,7 @@ def test_a_line_of_the_log_tells_what_serves_and_for_whom(start: Start, etcd: Et
     (tmp_path / "tokens").write_text("secret-1\nsecret-2\n")
     files = {"SERVER_CERT_PATH": "server.crt", "SERVER_KEY_PATH": "server.key", "SERVER_CLIENT_CA_PATH": "ca.crt"}
     strict = {"SERVER_TOKEN_PATH": str(tmp_path / "tokens"), **{name: str(pki.good / at) for name, at in files.items()}}
-    address = etcd.url.removeprefix("http://")
-    both = {"storage": "etcd", "members": f"{address},localhost:{etcd.port}"}
+    both = {"storage": "etcd", "members": f"{etcd.url},http://localhost:{etcd.port}"}
     expected: list[tuple[Daemon, dict[str, str]]] = [
         (start("mock"), {"storage": "mock", "tls": "no", "callers_need": "nothing"}),
         (start(f"{etcd.url}, localhost:{etcd.port}"), {**both, "tls": "no", "callers_need": "nothing"}),
@@ -2328,7 +2327,6 @@ def test_a_list_costs_etcd_one_read(on_etcd: Daemon, start: Start, proxy: Proxy,
     assert proxy.seen == [("/v3/kv/range", "")]
 
 
-@pytest.mark.xfail(strict=True, reason="an answer of more than MAX_ANSWER_BYTES makes one member after the other sick")
 def test_a_list_of_large_values_is_not_blamed_on_etcd(own_etcd: Etcd, start: Start) -> None:
     daemon = start(own_etcd.url, ETCD_TIMEOUT="2s")
     for number in range(220):
@@ -2484,21 +2482,6 @@ def test_a_losers_clean_up_that_comes_late_takes_no_lock_from_its_repetition(
     assert (loser.result(10).status, repetition.status) == (202, 201)
     assert on_etcd.keep_alive(repetition.text).status == 200
     assert on_etcd.token(key) == repetition.token
-
-
-@pytest.mark.xfail(strict=True, reason="that a lease holds something else is not looked at after the claim")
-def test_of_two_locks_asked_for_with_one_id_at_the_same_time_only_one_is_granted(
-    on_etcd: Daemon, proxy: Proxy, start: Start, key: str, lease_id: int, pool: Pool
-) -> None:
-    daemon = start(proxy.url)
-
-    proxy.rule = ("/v3/kv/txn", "stop", 1)
-    first = pool.submit(acquire_as, daemon, lease_id, key)
-    eventually(lambda: ("/v3/kv/txn", "stop") in proxy.seen)
-    other = acquire_as(on_etcd, lease_id, key + " other")
-    proxy.go_on.set()
-
-    assert sorted((first.result(10).status, other.status)) == [201, 409]
 
 
 def test_with_a_wait_each_copy_gets_the_lock_when_it_is_released(
@@ -2968,6 +2951,9 @@ class Scripted:
 
     def check_clusters(self, deadline: float) -> None:
         """All are of one."""
+
+    def start(self) -> None:
+        """Nobody watches them."""
 
     def post(self, url: str, *, json: Any, deadline: float, **_: object) -> Any:
         path = next(path for path in self.script if url.endswith(path))
