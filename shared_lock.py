@@ -242,7 +242,7 @@ def between(low: float, high: float, parse: Callable[[str], Any], unit: str = ""
 
 
 def duration(low: float, high: float, rounded: Callable[[Fraction], float] = float) -> Callable[[str], Any]:
-    return functools.lru_cache(maxsize=256)(between(low, high, lambda text: rounded(parse_duration(text)), "s"))
+    return between(low, high, lambda text: rounded(parse_duration(text)), "s")
 
 
 def matching(pattern: str, expected: str, convert: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -648,10 +648,12 @@ class Connection(socketserver.BaseRequestHandler):
         """Waits for a request's first byte, after empty lines (RFC 9112, 2.2); in a stop, only for a moment."""
         self.doing, self.head = "", None
         deadline = deadline_after(self.server.config.server_idle_timeout)
-        while not (unread := self.wire.buffer.lstrip(b"\r\n")):
-            self.wire.buffer.clear()
-            self.wire.receive(min(deadline, max(self.server.silent_until, time.monotonic() + 0.05)))
-        self.wire.buffer = unread
+        while not (buffer := self.wire.buffer) or buffer[0] in b"\r\n":
+            if buffer:
+                del buffer[0]
+            else:
+                stops_at = self.server.silent_until
+                self.wire.receive(deadline if stops_at == math.inf else max(stops_at, time.monotonic() + 0.05))
         self.doing = "reading a request"
 
     def _read_request(self, deadline: float) -> Request:
@@ -670,7 +672,7 @@ class Connection(socketserver.BaseRequestHandler):
         """Answers what could not be read as a request. The rest of the stream means nothing, so the connection ends:
         our half first, the whole a moment later, since closing with bytes unread would destroy the answer."""
         event(DEBUG, "request refused", client=self.client, status=fault.status, reason=fault)
-        self.server.api.count(self.head, fault.status)
+        self.server.api.count_refusal(self.head, fault.status)
         self._send(render(error(fault), self.head, keep_alive=False))
         self.shutdown(socket.SHUT_WR)
         deadline = time.monotonic() + 1
@@ -793,6 +795,7 @@ class Api:
             "x-lease-wait": (duration(0, MAX_WAIT_SECONDS), 0),
             "x-lease-id": (between(1, INT64[-1], whole), 0),
         }
+        self._options = functools.lru_cache(maxsize=1024)(self._parse_options)  # a client sends the same again
         self._routes: dict[str, dict[str, Callable[[Request], Response]]] = {
             "/lease": {"POST": self.acquire, "DELETE": self.release, "GET": self.look},
             "/keepalive": {"POST": self.renew},
@@ -818,16 +821,17 @@ class Api:
         except Exception as fault:  # a defect of ours; the caller deserves an answer all the same
             event(ERROR, "internal error", path=request.path, **_defect(fault))
             response = error(BadRequest("internal error: see the log of shared-lock", 500))
-        self.count(request, response.status)
+        path, method = request.path if methods else "other", request.method if handler else "other"
+        self._metrics.count(REQUESTS, path=path, method=method, code=response.status)
         event(DEBUG, "request", client=request.client, method=request.method, path=request.path, status=response.status)
         return response
 
-    def count(self, request: Request | None, status: int) -> None:
-        """A request that was answered. A caller's own words never become labels."""
-        path, method = (request.path, request.method) if request else ("", "")
-        methods = self._routes.get(path, {})
-        method = method if method.replace("HEAD", "GET") in methods else "other"
-        self._metrics.count(REQUESTS, path=path if methods else "other", method=method, code=status)
+    def count_refusal(self, request: Request | None, status: int) -> None:
+        """An answer to what could not be read to its end. A caller's own words never become labels."""
+        methods = self._routes.get(request.path, {}) if request else {}
+        method = request.method if request and request.method.replace("HEAD", "GET") in methods else "other"
+        path = request.path if request and methods else "other"
+        self._metrics.count(REQUESTS, path=path, method=method, code=status)
 
     def _no_handler(self, request: Request, methods: Mapping[str, object]) -> Response:
         if not methods:
@@ -851,20 +855,23 @@ class Api:
         return Response(201, b"%d" % outcome.lease, TEXT, headers, undo)
 
     def _lock_request(self, request: Request) -> LockRequest:
-        headers, known = request.headers, self._lease_headers
         if request.query:
-            raise BadRequest(f"query: not of use here, but the headers {', '.join(known)}: {quote(request.query)}")
-        for name in headers:
-            if name.startswith("x-lease-") and name not in known:
-                raise BadRequest(f"{quote(name)}: not one of the headers {', '.join(known)}")
-        given: list[Any] = []
-        for name, (parse, default) in known.items():
-            try:
-                given.append(parse(headers[name]) if name in headers else default)
-            except ValueError as fault:
-                raise BadRequest(f"{name}: {fault}") from fault
-        ttl, wait, lease = given
+            known = ", ".join(self._lease_headers)
+            raise BadRequest(f"query: not of use here, but the headers {known}: {quote(request.query)}")
+        ttl, wait, lease = self._options(tuple(request.headers.items()))
         return LockRequest(*parse_lock(request.body), ttl, wait, lease, request.client, request.hung_up)
+
+    def _parse_options(self, headers: tuple[tuple[str, str], ...]) -> list[Any]:
+        ttl_wait_lease: dict[str, Any] = {name: default for name, (_, default) in self._lease_headers.items()}
+        for name, text in headers:
+            if name.startswith("x-lease-"):
+                if name not in ttl_wait_lease:
+                    raise BadRequest(f"{quote(name)}: not one of the headers {', '.join(ttl_wait_lease)}")
+                try:
+                    ttl_wait_lease[name] = self._lease_headers[name][0](text)
+                except ValueError as fault:
+                    raise BadRequest(f"{name}: {fault}") from fault
+        return list(ttl_wait_lease.values())
 
     def renew(self, request: Request) -> Response:
         must_exist = _precondition(request, "if-match", "if-none-match")
@@ -985,12 +992,13 @@ class LockService:
     def acquire(self, wanted: LockRequest) -> Grant | Holder:
         """Takes the lock, or tells who holds it when the caller waits no longer. Raises StorageError (not acquired),
         OutcomeUnknown, BadRequest, or EOFError (the caller has gone)."""
-        outcome, took = self._try(wanted)
+        take, asked = self.storage.acquire, {"key": wanted.key, "client": wanted.client}
+        started, outcome = time.monotonic(), self._ask("get", take, wanted, asked)
         if wanted.wait and isinstance(outcome, Holder):
             with contextlib.closing(self._turns(wanted)) as turns:
                 while isinstance(outcome, Holder) and next(turns, False):
-                    outcome, took = self._try(wanted)
-        self._metrics.count(LEASES, operation="get", status="created" if isinstance(outcome, Grant) else "accepted")
+                    started, outcome = time.monotonic(), self._ask("get", take, wanted, asked)
+        took = time.monotonic() - started
         if isinstance(outcome, Grant):
             shown = {"ttl": outcome.ttl, "token": outcome.token, "value": wanted.value, "client": wanted.client}
             event(INFO, "granted", key=wanted.key, lease=outcome.lease, **shown)
@@ -998,19 +1006,13 @@ class LockService:
                 self.take_back(wanted, outcome.lease)
                 raise EOFError("the caller hung up")
         else:
-            event(DEBUG, "refused", key=wanted.key, client=wanted.client, holder=outcome.lease)
-        self._metrics.observe_grant(took)
+            event(DEBUG, "refused", **asked, holder=outcome.lease)
+        self._metrics.observe_grant("created" if isinstance(outcome, Grant) else "accepted", took)
         return outcome
-
-    def _try(self, wanted: LockRequest) -> tuple[Grant | Holder, float]:
-        """The outcome, and the seconds that it took."""
-        started = time.monotonic()
-        outcome = self._ask("get", self.storage.acquire, wanted, key=wanted.key, client=wanted.client)
-        return outcome, time.monotonic() - started
 
     def renew(self, lease: int, client: str) -> int:
         """Starts the lease's ttl again and returns it; 0 where etcd knows that it is gone. Raises StorageError."""
-        ttl = self._ask("prolong", self.storage.renew, lease, lease=lease, client=client)
+        ttl = self._ask("prolong", self.storage.renew, lease, {"lease": lease, "client": client})
         self._metrics.count(LEASES, operation="prolong", status="success" if ttl else "failure")
         if not ttl:
             event(INFO, "lease is gone", lease=lease, client=client)
@@ -1018,7 +1020,7 @@ class LockService:
 
     def release(self, lease: int, client: str) -> bool:
         """Ends the lease, which frees its key at once; False where there is nothing of ours. Raises StorageError."""
-        keys = self._ask("release", self.storage.release, lease, lease=lease, client=client)
+        keys = self._ask("release", self.storage.release, lease, {"lease": lease, "client": client})
         self._metrics.count(LEASES, operation="release", status="failure" if keys is None else "success")
         for key in keys or ():
             event(INFO, "released", key=key, lease=lease, client=client)
@@ -1032,13 +1034,13 @@ class LockService:
             with contextlib.suppress(StorageError):  # logged by release; the lease ends with its ttl
                 self.release(lease, wanted.client)
 
-    def _ask(self, operation: str, ask: Callable[[Item], Answer], item: Item, **shown: object) -> Answer:
+    def _ask(self, operation: str, ask: Callable[[Item], Answer], item: Item, asked: Mapping[str, object]) -> Answer:
         """The storage's answer; a failure is counted and logged."""
         try:
             return ask(item)
         except StorageError as fault:
             self._metrics.count(LEASES, operation=operation, status="error")
-            event(WARNING, "storage failed", operation=operation, reason=fault, **shown)
+            event(WARNING, "storage failed", operation=operation, reason=fault, **asked)
             raise
 
     def _turns(self, wanted: LockRequest) -> Generator[bool, None, None]:
@@ -1724,9 +1726,10 @@ class Members:
         begin with members of two would lend one lock twice. Raises StorageError."""
         while self._unseen and time.monotonic() < min(deadline, self._first_looks_end):
             time.sleep(0.01)
-        known = {member.cluster: member.name for member in self._members if member.cluster}
-        if len(known) > 1:
-            raise StorageError(f"members of two clusters are listed: {', '.join(known.values())}")
+        for member in self._members:
+            if member.cluster and member.cluster != self._cluster:
+                names = {one.cluster: one.name for one in self._members if one.cluster}.values()
+                raise StorageError(f"members of two clusters are listed: {', '.join(names)}")
 
     def _pick(self, deadline: float) -> Member:
         """The first. If that has just failed, all have: then with a pause between two tries of one."""
@@ -2008,8 +2011,9 @@ class Metrics:
         with self._mutex:
             self._numbers[counted] = self._numbers.get(counted, 0) + 1
 
-    def observe_grant(self, seconds: float) -> None:
+    def observe_grant(self, status: str, seconds: float) -> None:
         with self._mutex:
+            self._numbers[sample(LEASES, operation="get", status=status)] += 1
             self._numbers[_BUCKETS[bisect.bisect_left(GRANT_BOUNDS, seconds)]] += 1
             self._numbers[_SUM] += seconds
 
