@@ -610,7 +610,8 @@ class Connection(socketserver.BaseRequestHandler):
             while self._serve_one():
                 pass
         except (EOFError, OSError) as fault:  # the caller has gone, or idled too long, or looked for an open port
-            if self.doing or (isinstance(fault, ssl.SSLError) and not isinstance(fault, ssl.SSLEOFError)):
+            closed = ssl.SSL_ERROR_EOF, ssl.SSL_ERROR_ZERO_RETURN
+            if self.doing or (isinstance(fault, ssl.SSLError) and fault.errno not in closed):
                 event(DEBUG, "connection lost", client=self.client, doing=self.doing, reason=reason(fault))
 
     def finish(self) -> None:

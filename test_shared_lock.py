@@ -365,7 +365,7 @@ def start(folder: Path) -> Iterator[Start]:
 @pytest.fixture
 def key(request: pytest.FixtureRequest) -> str:
     """A key that no other test uses."""
-    return f"{request.node.name}-{next(_numbers)}"
+    return f"{request.function.__name__}-{next(_numbers)}"
 
 
 @pytest.fixture
