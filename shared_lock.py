@@ -1688,7 +1688,6 @@ class Members:
     endpoint looks after them. (requests, etcd3gw's own session, takes 0.7 ms of CPU a call, not 0.08, and one host.)"""
 
     def __init__(self, config: Config, metrics: Metrics) -> None:
-        """Raises ConfigError."""
         self._timeout = config.etcd_timeout
         endpoints = {one._replace(tls=config.etcd_tls or bool(one.tls)) for one in config.etcd_addr_list}
         files = ("ca_cert_path", "client_cert_path", "client_key_path") if config.etcd_tls else ()
@@ -1796,7 +1795,8 @@ class Members:
         except (OSError, ValueError) as fault:
             ours = getattr(fault, "errno", None) in OWN_SHORTAGES
             time.sleep(PAUSE_SECONDS if ours else 0)
-            raise StorageError(reason(fault), sick=not ours) from fault
+            hint = "; is it http?" if member.endpoint.tls and isinstance(fault, ConnectionResetError) else ""
+            raise StorageError(reason(fault) + hint, sick=not ours) from fault
 
     def _note_answer(self, member: Member, answer: Any) -> None:
         """Whoever answers is well, unless it is of another cluster. Raises OutcomeUnknown."""

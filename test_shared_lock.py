@@ -3453,7 +3453,7 @@ def test_over_tls_with_client_certificates_locks_work(tls_etcd: Etcd, pki: Pki, 
 
 @pytest.mark.parametrize("case, words", [
     ("wrong CA", "TLS: its certificate is not accepted: "), ("http to https", "https"),
-    ("https to http", r"TLS: .*is it http\?"), ("stranger", "TLS: .*(certificate|unknown ca)"),
+    ("https to http", r"is it http\?"), ("stranger", "TLS: .*(certificate|unknown ca)"),
 ])  # fmt: skip
 def test_what_is_wrong_with_tls_is_one_understandable_line_and_a_500(
     tls_etcd: Etcd, etcd: Etcd, pki: Pki, start: Start, key: str, case: str, words: str
@@ -4075,7 +4075,7 @@ def test_a_member_that_nobody_asks_is_watched(cluster: Cluster, start: Start) ->
 
     kill(victim)
 
-    eventually(lambda: of_member(daemon, MEMBER_UP, victim.url) == 0, 2)
+    eventually(lambda: of_member(daemon, MEMBER_UP, victim.url) == 0, 5)  # within two seconds on a machine at rest
     assert of_member(daemon, MEMBER_ERRORS, victim.url) > 0
     assert [of_member(daemon, MEMBER_UP, url) for url in others] == [1, 1]
     cluster.heal()
