@@ -207,7 +207,8 @@ def reason(fault: BaseException) -> str:
     """One line about why a file, a name or a connection failed."""
     if isinstance(fault, ssl.SSLCertVerificationError):
         return f"TLS: its certificate is not accepted: {fault.verify_message}"
-    if isinstance(fault, ssl.SSLEOFError) or getattr(fault, "reason", None) == "WRONG_VERSION_NUMBER":
+    closed = isinstance(fault, ssl.SSLEOFError | ssl.SSLZeroReturnError)
+    if closed or getattr(fault, "reason", None) == "WRONG_VERSION_NUMBER":
         return "TLS: it does not answer in TLS; is it http?"
     if isinstance(fault, ssl.SSLError):
         return f"TLS: {(fault.reason or str(fault)).lower().replace('_', ' ')}"
@@ -1646,7 +1647,8 @@ PAUSE_SECONDS = 0.1  # between two tries of one member that failed
 WATCH_SECONDS = 1.0  # between two looks at a member, and between two log-ins that are refused
 MAX_IDLE = 256  # connections kept open to one member
 MAX_ANSWER_BYTES = 16 << 20  # most are below 1 MiB, but a lease of another tenant may have many keys
-READ = ("POST /v3/kv/range", {"key": _base64(KEY_PREFIX)})  # linearizable, within our prefix, and nobody's key
+# Linearizable, within our prefix, and nobody's key.
+READ: dict[str, Any] = {"url": "http://any/v3/kv/range", "json": {"key": _base64(KEY_PREFIX)}}
 
 
 class Member:
@@ -1676,7 +1678,7 @@ class Member:
             self.hang_up()  # etcd closed them while nobody asked: they are of the same age
             return OutcomeUnknown(reason(fault), sick=False)
         if not kept and isinstance(fault, ssl.SSLError):  # TLS 1.3 refuses a client after the handshake
-            hung_up = isinstance(fault, ssl.SSLEOFError)  # before we read why
+            hung_up = isinstance(fault, ssl.SSLEOFError | ssl.SSLZeroReturnError)  # before we read why
             return StorageError("TLS: it hung up; does it accept our certificate?" if hung_up else reason(fault))
         hint = "; is it https?" if not kept and not self.endpoint.tls and isinstance(fault, EOFError) else ""
         return OutcomeUnknown(reason(fault) + hint)
@@ -1706,19 +1708,32 @@ class Members:
             threading.Thread(target=self._watch, args=(endpoint,), name=f"watch-{endpoint}", daemon=True).start()
 
     def post(
-        self, url: str, *, json: Any, deadline: float, doubtful: Callable[[Any], bool] | None = None, **_: object
+        self, url: str, *, json: Any, deadline: float, doubtful: Any = None, member: Any = None, **_: object
     ) -> types.SimpleNamespace:
-        """One try on one member; a list is sent as JSON lines, and only the path in `url` counts. Raises StorageError.
-        A `doubtful` answer is only believed after a linearizable read on the same member: one that was frozen says for
-        some milliseconds that leases are gone which are alive."""
-        member, request = self._pick(deadline), f"POST /{url.split('/', 3)[3]}"
-        if member.cluster != self._cluster:  # look at a stranger before the first write to it
-            self._call(member, *READ, deadline)
-        answer = self._call(member, request, json, deadline)
+        """One try on one member, for a share of the time: only a timeout gives a frozen one away. A list goes as JSON
+        lines, and only the path in `url` counts. Raises StorageError. What the predicate `doubtful` finds so is only
+        believed after a linearizable read on the same member: one that was frozen says for some milliseconds that
+        leases are gone which are alive."""
+        asked: Member = member or self._pick(deadline)
+        if asked.cluster != self._cluster and not member:  # look at a stranger before the first write to it
+            self.post(**READ, deadline=deadline, member=asked)
+        share_ends = time.monotonic() + self._timeout / (len(self._members) + 1)
+        until, login = min(share_ends, deadline), self._login.header
+        try:
+            answer = self._exchange(asked, f"POST /{url.split('/', 3)[3]}", json, until)
+            self._note_answer(asked, answer)
+        except StorageError as fault:
+            log_in = functools.partial(self._exchange, asked, "POST /v3/auth/authenticate", deadline=until)
+            fault = self._login.cure(fault, login, log_in)
+            # If the caller's deadline cut the try short, that says nothing about the member.
+            if fault.sick and (share_ends <= deadline or time.monotonic() < deadline):
+                self._mark_sick(asked, str(fault))
+            fault.args = (f"{asked.name}: {fault}",)
+            raise fault
         if doubtful and doubtful(answer):
             self.check_clusters(deadline)  # of two, only one knows the lease
-            self._call(member, *READ, deadline)
-            answer = self._call(member, request, json, deadline)
+            self.post(**READ, deadline=deadline, member=asked)
+            return self.post(url, json=json, deadline=deadline, member=asked)
         return types.SimpleNamespace(status_code=200, json=lambda: answer)  # all that etcd3gw looks at
 
     def check_clusters(self, deadline: float) -> None:
@@ -1740,23 +1755,6 @@ class Members:
             if now >= deadline:
                 raise StorageError(f"{first.name}: {first.fault}" if first else "no address of etcd is known yet")
             time.sleep(min(PAUSE_SECONDS / 4, deadline - now))
-
-    def _call(self, member: Member, request: str, payload: Any, deadline: float) -> Any:
-        """The answer of this member, which may take a share of the time: only a timeout gives a frozen one away."""
-        share_ends = time.monotonic() + self._timeout / (len(self._members) + 1)
-        until, login = min(share_ends, deadline), self._login.header
-        try:
-            answer = self._exchange(member, request, payload, until)
-            self._note_answer(member, answer)
-        except StorageError as fault:
-            log_in = functools.partial(self._exchange, member, "POST /v3/auth/authenticate", deadline=until)
-            fault = self._login.cure(fault, login, log_in)
-            # If the caller's deadline cut the try short, that says nothing about the member.
-            if fault.sick and (share_ends <= deadline or time.monotonic() < deadline):
-                self._mark_sick(member, str(fault))
-            fault.args = (f"{member.name}: {fault}",)
-            raise fault
-        return answer
 
     def _exchange(self, member: Member, request: str, payload: Any, deadline: float) -> Any:
         """Asks over a kept connection or a new one. Raises StorageError without the member's name."""
@@ -1842,7 +1840,7 @@ class Members:
                 mine = self._look_up(endpoint)
             for member in sorted(mine, key=lambda one: ":" in one.host):
                 with contextlib.suppress(StorageError):  # noted at the member
-                    self._call(member, *READ, math.inf)  # for as long as a try may take
+                    self.post(**READ, deadline=math.inf, member=member)  # for as long as a try may take
                     if not member.release:
                         self._check_release(member)
             self._unseen.discard(endpoint)

@@ -558,8 +558,8 @@ class Proxy:
         if action == "gone":  # the ttl has two digits; in an answer to a keepalive it is left out
             answer = re.sub(rb'"TTL":"..?"', rb'"TTL":"-1"' if b"grantedTTL" in answer else b'"Old":"60"', answer)
         elif action[:1].isdigit() and action != "503":
-            told = b'"etcdserver":"%s"' % action.encode()
-            answer = re.sub(rb'"etcdserver":"[^"]*"', lambda match: told.ljust(len(match[0])), answer)
+            head, end, body = answer.partition(b"\r\n\r\n")
+            answer = head + end + (b'{"etcdserver":"%s"}' % action.encode()).ljust(len(body))
         return answer
 
     def _note(self, path: str, spoiled: bool) -> str:
