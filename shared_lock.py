@@ -790,6 +790,8 @@ def _defect(fault: BaseException | None) -> dict[str, object]:
 
 
 class Api:
+    """The endpoints. A handler returns the answer, or raises BadRequest, StorageError or EOFError (the caller has gone)."""
+
     def __init__(self, service: LockService, metrics: Metrics, config: Config) -> None:
         self.service, self._metrics = service, metrics
         self._lease_headers: dict[str, tuple[Callable[[str], Any], float]] = {  # their parsers and defaults
