@@ -790,7 +790,7 @@ def _defect(fault: BaseException | None) -> dict[str, object]:
 
 
 class Api:
-    """The endpoints. A handler returns the answer, or raises BadRequest, StorageError, or EOFError for a caller gone."""
+    """The endpoints. A handler returns the answer, or raises BadRequest, StorageError, or EOFError (nobody waits)."""
 
     def __init__(self, service: LockService, metrics: Metrics, config: Config) -> None:
         self.service, self._metrics = service, metrics
