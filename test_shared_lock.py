@@ -1422,12 +1422,12 @@ def test_two_thousand_connections_are_served_within_128_mib(start: Start, key: s
         stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
         daemon = start("mock")
         clients = [stack.enter_context(contextlib.closing(Talk(daemon))) for _ in range(2000)]
-        for client in clients:
-            client.say(post(lock_body(key)))
+        for number, client in enumerate(clients):  # each is granted, and so logged, in its own thread
+            client.say(post(lock_body(f"{key}-{number}")))
         answers = [client.answer() for client in clients]
         resident = resident_mib(daemon.process.pid)
 
-    assert sorted(answer.status for answer in answers) == [201] + [202] * 1999
+    assert {answer.status for answer in answers} == {201}
     assert resident < 128
 
 
