@@ -1289,7 +1289,8 @@ class EtcdStorage:
         15 % less time: a member that freezes with both may, when it wakes up, take the key again after its release."""
         deadline = deadline_after(self._timeout)
         self._gateway.check_clusters(deadline)
-        holder = self._insist(self._holders.ask, wanted.key, deadline, reads=True)
+        read = self._gateway.look if wanted.lease else self._holders.ask  # only the first tells the lease
+        holder = self._insist(read, wanted.key, deadline, reads=True)
         if holder and holder.lease == wanted.lease != 0:  # an earlier try of this caller has taken it
             if ttl := self._insist(self._renewals.ask, wanted.lease, deadline):
                 return Grant(wanted.lease, ttl, holder.token)
@@ -1502,9 +1503,10 @@ class Gateway:
         self.check_clusters, self.start = members.check_clusters, members.start
         self._post = functools.cache(lambda path: functools.partial(client.post, client.get_url(path)))
 
-    def holders(self, keys: list[str], deadline: float) -> list[Holder | None]:
-        """Who holds each key, without the values; a linearizable read."""
-        reads = {key: {"key": _base64(KEY_PREFIX + key), "keys_only": True} for key in keys}
+    def holders(self, keys: list[str], deadline: float, whole: bool = False) -> list[Holder | None]:
+        """Who holds each key; a linearizable read. Only whole keys tell the lease: etcd 3.7 leaves it out of those
+        without the value (etcd-io/etcd 22209)."""
+        reads = {key: {"key": _base64(KEY_PREFIX + key), "keys_only": not whole} for key in keys}
         _, answers = self._transact("range", list(reads.values()), deadline)
         by_key = {key: one for key, answer in zip(reads, answers, strict=True) for one in _holders(answer)}
         return [by_key.get(key) for key in keys]
@@ -1547,7 +1549,7 @@ class Gateway:
         }
         if lost := [key for key in distinct if key not in outcomes]:
             try:
-                found = zip(lost, self.holders(lost, deadline), strict=True)
+                found = zip(lost, self.holders(lost, deadline, whole=True), strict=True)
                 outcomes |= {key: holder or StorageError("released in this very moment") for key, holder in found}
             except StorageError as fault:  # among the lost may be one that an earlier try has won
                 outcomes |= dict.fromkeys(lost, OutcomeUnknown(str(fault)))

@@ -93,20 +93,32 @@ def eventually(condition: Callable[[], Any], seconds: float = 10) -> Any:
 
 
 def ask(
-    port: int, method: str, path: str, body: str | bytes | None = None, headers: dict[str, str] | None = None,
+    port: int,
+    method: str,
+    path: str,
+    body: str | bytes | None = None,
+    headers: dict[str, str] | None = None,
     timeout: float = 90,
-) -> Answer:  # fmt: skip
+) -> Answer:
     """One request on a connection of its own."""
-    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)) as connection:
+    with contextlib.closing(
+        http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
+    ) as connection:
         connection.request(method, path, body, headers or {})
         answer = connection.getresponse()
-        return Answer(answer.status, answer.read(), {name.lower(): value for name, value in answer.getheaders()})
+        return Answer(
+            answer.status,
+            answer.read(),
+            {name.lower(): value for name, value in answer.getheaders()},
+        )
 
 
 class Etcd:
     """One member of etcd, alone or with peers, as a child process."""
 
-    def __init__(self, folder: Path, name: str = "m0", peers: dict[str, int] | None = None, *options: str) -> None:
+    def __init__(
+        self, folder: Path, name: str = "m0", peers: dict[str, int] | None = None, *options: str
+    ) -> None:
         self.port = free_port()
         self.folder = folder
         peers = peers or {name: free_port()}
@@ -118,7 +130,10 @@ class Etcd:
             *("--listen-client-urls", self.url, "--advertise-client-urls", self.url),
             *("--listen-peer-urls", f"http://127.0.0.1:{peers[name]}"),
             *("--initial-advertise-peer-urls", f"http://127.0.0.1:{peers[name]}"),
-            *("--initial-cluster", ",".join(f"{peer}=http://127.0.0.1:{port}" for peer, port in peers.items())),
+            *(
+                "--initial-cluster",
+                ",".join(f"{peer}=http://127.0.0.1:{port}" for peer, port in peers.items()),
+            ),
             *("--log-level", "error", *options),
         ]
         self.process: subprocess.Popen[bytes] | None = None
@@ -136,7 +151,9 @@ class Etcd:
             with contextlib.suppress(OSError, http.client.HTTPException, AssertionError):
                 self.call("/kv/range", {"key": "AA=="})
                 return True
-            assert self.process and self.process.poll() is None, (self.folder / "etcd.log").read_text()[-2000:]
+            assert self.process and self.process.poll() is None, (
+                self.folder / "etcd.log"
+            ).read_text()[-2000:]
             return False
 
         eventually(answers, 30)
@@ -166,7 +183,9 @@ class Etcd:
 
     def key(self, key: str) -> dict[str, Any] | None:
         """What etcd has under the key of this lock: create_revision, lease, value (bytes)."""
-        answer = self.call("/kv/range", {"key": base64.b64encode(b"/shared-lock/" + key.encode()).decode()})
+        answer = self.call(
+            "/kv/range", {"key": base64.b64encode(b"/shared-lock/" + key.encode()).decode()}
+        )
         for kv in answer.get("kvs", []):
             return {
                 "create_revision": int(kv["create_revision"]),
@@ -204,7 +223,14 @@ class Daemon:
     tls: ssl.SSLContext | None = None  # for raw connections to a daemon that wants it
 
     def __init__(
-        self, folder: Path, storage: str, /, *, command: Sequence[str] = (), stderr: int | None = None, **env: str
+        self,
+        folder: Path,
+        storage: str,
+        /,
+        *,
+        command: Sequence[str] = (),
+        stderr: int | None = None,
+        **env: str,
     ) -> None:
         """`storage` is mock, or the list of etcd's endpoints; `env` are variables without SHARED_LOCK_.
 
@@ -217,7 +243,8 @@ class Daemon:
         with open(self.log_path, "wb") as log:
             self.process = subprocess.Popen(
                 command or [PYTHON, *SERVE],
-                env=clean_env() | {f"SHARED_LOCK_{name}": value for name, value in settings.items()},
+                env=clean_env()
+                | {f"SHARED_LOCK_{name}": value for name, value in settings.items()},
                 stdout=log,
                 stderr=log if stderr is None else stderr,
             )
@@ -247,7 +274,12 @@ class Daemon:
         return ask(self.port, method, path, *more)
 
     def acquire(self, key: str, ttl: str = "60s", value: str = "", **headers: str) -> Answer:
-        return self.request("POST", "/lease", json.dumps({"key": key, "value": value}), {"x-lease-ttl": ttl, **headers})
+        return self.request(
+            "POST",
+            "/lease",
+            json.dumps({"key": key, "value": value}),
+            {"x-lease-ttl": ttl, **headers},
+        )
 
     def keep_alive(self, lease: str | bytes) -> Answer:
         return self.request("POST", "/keepalive", lease)
@@ -286,14 +318,22 @@ _numbers = itertools.count()
 
 def clean_env() -> dict[str, str]:
     """This process's environment without any of the daemon's variables."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("SHARED_LOCK_")}
+    return {
+        name: value for name, value in os.environ.items() if not name.startswith("SHARED_LOCK_")
+    }
 
 
 def run_module(arguments: list[str], /, **env: str) -> subprocess.CompletedProcess[str]:
     """Python with these arguments, to its end; `env` as for Daemon."""
     settings = clean_env() | {f"SHARED_LOCK_{name}": value for name, value in env.items()}
     command = [PYTHON, *arguments]
-    how: Any = {"cwd": HERE, "stdin": subprocess.DEVNULL, "text": True, "capture_output": True, "timeout": 10}
+    how: Any = {
+        "cwd": HERE,
+        "stdin": subprocess.DEVNULL,
+        "text": True,
+        "capture_output": True,
+        "timeout": 10,
+    }
     return subprocess.run(command, env=settings, **how)
 
 
@@ -431,7 +471,9 @@ def get(path: str, *headers: bytes, method: str = "GET", version: str = "1.1") -
 
 def post(body: bytes, *headers: bytes, path: str = "/lease", version: str = "1.1") -> bytes:
     """A POST as it stands on the wire; with a Content-Length unless a header tells how long it is."""
-    told = any(header.lower().startswith((b"content-length:", b"transfer-encoding:")) for header in headers)
+    told = any(
+        header.lower().startswith((b"content-length:", b"transfer-encoding:")) for header in headers
+    )
     length = [] if told else [b"Content-Length: %d" % len(body)]
     return get(path, *headers, *length, method="POST", version=version) + body
 
@@ -452,7 +494,9 @@ def chunks(*parts: bytes) -> bytes:
 def one_line(answer: Answer, *shown: str) -> None:
     """An error's body is one short line of plain text and shows these."""
     assert answer.headers["content-type"] == "text/plain; charset=utf-8"
-    assert answer.text.strip() and len(answer.text.splitlines()) == 1 and len(answer.body) < 1000, answer.text
+    assert answer.text.strip() and len(answer.text.splitlines()) == 1 and len(answer.body) < 1000, (
+        answer.text
+    )
     assert all(text in answer.text for text in shown), answer.text
 
 
@@ -498,7 +542,9 @@ class Proxy:
         self._rules: list[tuple[str, str, int]] = []
         self.seen: list[tuple[str, str]] = []  # path, and what was done: "" where nothing
         self.looked: list[tuple[str, str]] = []  # the same with looks among them
-        self.reused: list[str] = []  # paths of requests on connections that had an error, a time-out, an unread body
+        self.reused: list[
+            str
+        ] = []  # paths of requests on connections that had an error, a time-out, an unread body
         threading.Thread(target=self._accept, daemon=True).start()
 
     @property
@@ -521,7 +567,9 @@ class Proxy:
     def _accept(self) -> None:
         with contextlib.suppress(OSError):  # closed
             while True:
-                threading.Thread(target=self._converse, args=(self._server.accept()[0],), daemon=True).start()
+                threading.Thread(
+                    target=self._converse, args=(self._server.accept()[0],), daemon=True
+                ).start()
 
     def _converse(self, client: socket.socket) -> None:
         with contextlib.suppress(OSError), client, socket.create_connection(self._target) as etcd:
@@ -546,7 +594,9 @@ class Proxy:
                 time.sleep(self.LATE_SECONDS if action == "late" else 0)
                 if action == "wait":
                     self.go_on.wait(30)
-                client.sendall({"cut": answer[:-5], "surplus": answer + b"surplus"}.get(action, answer))
+                client.sendall(
+                    {"cut": answer[:-5], "surplus": answer + b"surplus"}.get(action, answer)
+                )
                 if action == "cut":
                     break
                 spoiled = spoiled or action not in ("", "hold", "stop", "wait", "gone", "well")
@@ -556,7 +606,11 @@ class Proxy:
     def _edited(answer: bytes, action: str) -> bytes:
         """An answer that is as long as before."""
         if action == "gone":  # the ttl has two digits; in an answer to a keepalive it is left out
-            answer = re.sub(rb'"TTL":"..?"', rb'"TTL":"-1"' if b"grantedTTL" in answer else b'"Old":"60"', answer)
+            answer = re.sub(
+                rb'"TTL":"..?"',
+                rb'"TTL":"-1"' if b"grantedTTL" in answer else b'"Old":"60"',
+                answer,
+            )
         elif action[:1].isdigit() and action != "503":
             head, end, body = answer.partition(b"\r\n\r\n")
             answer = head + end + (b'{"etcdserver":"%s"}' % action.encode()).ljust(len(body))
@@ -589,7 +643,10 @@ class Proxy:
             return head + stream.read(int(fields.get("content-length", "0")))
         while (size := stream.readline()) not in (b"", b"0\r\n"):
             head += size + stream.read(int(size, 16) + 2)
-        while (trailer := stream.readline()) not in (b"", b"\r\n"):  # etcd 3.4 sends some after an error
+        while (trailer := stream.readline()) not in (
+            b"",
+            b"\r\n",
+        ):  # etcd 3.4 sends some after an error
             size += trailer
         return head + size + trailer
 
@@ -655,9 +712,14 @@ def parse_metrics(text: str) -> dict[str, dict[frozenset[tuple[str, str]], float
             assert family == helped and family not in families, line
             families.add(family)
         else:
-            match = re.fullmatch(rf"([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{{({label}(?:,{label})*)\}})? (\S+)", line)
+            match = re.fullmatch(
+                rf"([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{{({label}(?:,{label})*)\}})? (\S+)", line
+            )
             assert match, line
-            suffixes = {"histogram": ("_bucket", "_sum", "_count"), "summary": ("", "_sum", "_count")}.get(kind, ("",))
+            suffixes = {
+                "histogram": ("_bucket", "_sum", "_count"),
+                "summary": ("", "_sum", "_count"),
+            }.get(kind, ("",))
             assert match[1] in {family + suffix for suffix in suffixes}, line
             pairs = [(name, given) for name, given in re.findall(label, match[2] or "")]
             assert len(dict(pairs)) == len(pairs), line
@@ -668,8 +730,13 @@ def parse_metrics(text: str) -> dict[str, dict[frozenset[tuple[str, str]], float
 
 def operations(daemon: Daemon, family: str = "lease") -> dict[str, int]:
     """How often each "operation status" was counted, without those that never were."""
-    samples = parse_metrics(daemon.request("GET", "/metrics").text)[f"shared_lock_{family}_operations_total"]
-    named = {f"{dict(labels)['operation']} {dict(labels)['status']}": int(n) for labels, n in samples.items()}
+    samples = parse_metrics(daemon.request("GET", "/metrics").text)[
+        f"shared_lock_{family}_operations_total"
+    ]
+    named = {
+        f"{dict(labels)['operation']} {dict(labels)['status']}": int(n)
+        for labels, n in samples.items()
+    }
     return {name: count for name, count in named.items() if count}
 
 
@@ -685,7 +752,9 @@ def calls(etcd: Etcd) -> collections.Counter[str]:
 # == Log: one event is one line, and who reads it slowly delays nobody ===============================================
 
 # All that ends a line for some reader of logs, all other control characters, and what turns the writing direction.
-CONTROLS = "".join(map(chr, [*range(32), *range(0x7F, 0xA0), *range(0x2028, 0x202F), *range(0x2066, 0x206A)]))
+CONTROLS = "".join(
+    map(chr, [*range(32), *range(0x7F, 0xA0), *range(0x2028, 0x202F), *range(0x2066, 0x206A)])
+)
 
 
 def test_each_event_is_one_line_of_key_and_value(start: Start) -> None:
@@ -713,7 +782,9 @@ def test_each_event_is_one_line_of_key_and_value(start: Start) -> None:
 
 
 @pytest.mark.parametrize("reads", ["never", "slowly"])
-def test_a_log_that_is_not_read_in_time_delays_no_lock_and_tells_what_it_lost(start: Start, reads: str) -> None:
+def test_a_log_that_is_not_read_in_time_delays_no_lock_and_tells_what_it_lost(
+    start: Start, reads: str
+) -> None:
     daemon, log = start("mock", stderr=subprocess.PIPE), bytearray()
     pipe, done = daemon.process.stderr, threading.Event()
     assert pipe
@@ -731,7 +802,9 @@ def test_a_log_that_is_not_read_in_time_delays_no_lock_and_tells_what_it_lost(st
         assert client.answer().status == 201
     done.set()
     eventually(lambda: daemon.acquire(f"again {next(_numbers)}").status and b"lines_lost=" in log)
-    [counted] = parse_metrics(daemon.request("GET", "/metrics").text)["shared_lock_log_lines_dropped_total"].values()
+    [counted] = parse_metrics(daemon.request("GET", "/metrics").text)[
+        "shared_lock_log_lines_dropped_total"
+    ].values()
     status = daemon.stop()
     reader.join()
     pipe.close()
@@ -739,12 +812,21 @@ def test_a_log_that_is_not_read_in_time_delays_no_lock_and_tells_what_it_lost(st
     lines = log.decode().splitlines()
     lost = sum(int(number) for line in lines for number in re.findall(r"lines_lost=([0-9]+)", line))
     assert status == 0
-    assert len({line for line in lines if "event=granted key=unread-" in line}) + lost >= 3000 > lost > 0
+    assert (
+        len({line for line in lines if "event=granted key=unread-" in line}) + lost
+        >= 3000
+        > lost
+        > 0
+    )
     assert 0 < counted <= lost
 
 
 def test_with_stderr_closed_the_log_goes_nowhere(start: Start) -> None:
-    daemon = start("mock", command=["sh", "-c", f"exec {shlex.join([PYTHON, *SERVE])} 2>&-"], stderr=subprocess.DEVNULL)
+    daemon = start(
+        "mock",
+        command=["sh", "-c", f"exec {shlex.join([PYTHON, *SERVE])} 2>&-"],
+        stderr=subprocess.DEVNULL,
+    )
 
     assert os.readlink(f"/proc/{daemon.process.pid}/fd/2") == os.devnull
     assert daemon.stop() == 0
@@ -759,9 +841,13 @@ def events(daemon: Daemon, *names: str) -> list[dict[str, str]]:
 
 
 def test_a_grant_and_a_release_are_logged_with_their_client(daemon: Daemon, key: str) -> None:
-    with contextlib.closing(Talk(daemon, post(b'{"key": "%s", "value": "w 1"}' % key.encode()))) as client:
+    with contextlib.closing(
+        Talk(daemon, post(b'{"key": "%s", "value": "w 1"}' % key.encode()))
+    ) as client:
         lock = client.answer()
-        client.say(get("/lease", b"Content-Length: %d" % len(lock.body), method="DELETE") + lock.body)
+        client.say(
+            get("/lease", b"Content-Length: %d" % len(lock.body), method="DELETE") + lock.body
+        )
         assert client.answer().status == 200
         address = f"127.0.0.1:{client.port}"
 
@@ -773,17 +859,33 @@ def test_a_grant_and_a_release_are_logged_with_their_client(daemon: Daemon, key:
     assert {**released, "time": ""} == {"time": "", **common, "event": "released"}
 
 
-@pytest.mark.parametrize("name", ["x" * 5000, "\x01" * 120, "\U000e0001" * 120], ids=["long", "escaped", "astral"])
+@pytest.mark.parametrize(
+    "name", ["x" * 5000, "\x01" * 120, "\U000e0001" * 120], ids=["long", "escaped", "astral"]
+)
 def test_however_a_caller_names_its_lock_the_log_tells_who_has_it(start: Start, name: str) -> None:
     daemon = start("mock")
 
     lock = daemon.acquire(name, value=name)
     daemon.release(lock.text)
 
-    granted, released = eventually(lambda: len(found := events(daemon, "granted", "released")) == 2 and found)
-    assert list(granted) == ["time", "level", "event", "key", "lease", "ttl", "token", "value", "client"]
+    granted, released = eventually(
+        lambda: len(found := events(daemon, "granted", "released")) == 2 and found
+    )
+    assert list(granted) == [
+        "time",
+        "level",
+        "event",
+        "key",
+        "lease",
+        "ttl",
+        "token",
+        "value",
+        "client",
+    ]
     assert list(released) == ["time", "level", "event", "key", "lease", "client"]
-    assert granted["client"].startswith("127.0.0.1:") and released["client"].startswith("127.0.0.1:")
+    assert granted["client"].startswith("127.0.0.1:") and released["client"].startswith(
+        "127.0.0.1:"
+    )
 
 
 def test_a_client_is_logged_as_ipv4_where_it_is_and_as_ipv6_where_it_is(start: Start) -> None:
@@ -796,18 +898,36 @@ def test_a_client_is_logged_as_ipv4_where_it_is_and_as_ipv6_where_it_is(start: S
             assert sock.recv(12) == b"HTTP/1.1 201"
             clients.append(str(sock.getsockname()[1]))
 
-    assert [line["client"] for line in events(daemon, "granted")] == [f"127.0.0.1:{clients[0]}", f"[::1]:{clients[1]}"]
+    assert [line["client"] for line in events(daemon, "granted")] == [
+        f"127.0.0.1:{clients[0]}",
+        f"[::1]:{clients[1]}",
+    ]
 
 
-def test_a_line_of_the_log_tells_what_serves_and_for_whom(start: Start, etcd: Etcd, pki: Pki, tmp_path: Path) -> None:
+def test_a_line_of_the_log_tells_what_serves_and_for_whom(
+    start: Start, etcd: Etcd, pki: Pki, tmp_path: Path
+) -> None:
     (tmp_path / "tokens").write_text("secret-1\nsecret-2\n")
-    files = {"SERVER_CERT_PATH": "server.crt", "SERVER_KEY_PATH": "server.key", "SERVER_CLIENT_CA_PATH": "ca.crt"}
-    strict = {"SERVER_TOKEN_PATH": str(tmp_path / "tokens"), **{name: str(pki.good / at) for name, at in files.items()}}
+    files = {
+        "SERVER_CERT_PATH": "server.crt",
+        "SERVER_KEY_PATH": "server.key",
+        "SERVER_CLIENT_CA_PATH": "ca.crt",
+    }
+    strict = {
+        "SERVER_TOKEN_PATH": str(tmp_path / "tokens"),
+        **{name: str(pki.good / at) for name, at in files.items()},
+    }
     both = {"storage": "etcd", "members": f"{etcd.url},http://localhost:{etcd.port}"}
     expected: list[tuple[Daemon, dict[str, str]]] = [
         (start("mock"), {"storage": "mock", "tls": "no", "callers_need": "nothing"}),
-        (start(f"{etcd.url}, localhost:{etcd.port}"), {**both, "tls": "no", "callers_need": "nothing"}),
-        (start("mock", **strict), {"storage": "mock", "tls": "yes", "callers_need": "token+certificate"}),
+        (
+            start(f"{etcd.url}, localhost:{etcd.port}"),
+            {**both, "tls": "no", "callers_need": "nothing"},
+        ),
+        (
+            start("mock", **strict),
+            {"storage": "mock", "tls": "yes", "callers_need": "token+certificate"},
+        ),
     ]
 
     for daemon, shown in expected:
@@ -817,12 +937,16 @@ def test_a_line_of_the_log_tells_what_serves_and_for_whom(start: Start, etcd: Et
         assert "secret" not in daemon.log()
 
 
-def test_the_line_that_tells_what_serves_is_the_first_even_if_no_member_can_be_reached(start: Start) -> None:
+def test_the_line_that_tells_what_serves_is_the_first_even_if_no_member_can_be_reached(
+    start: Start,
+) -> None:
     daemon = start(f"http://127.0.0.1:{free_port()}")
 
     eventually(lambda: events(daemon, "etcd member failed"))
 
-    assert events(daemon)[0]["event"] == "serving"  # a member's failure, or a warning of its release, comes later
+    assert (
+        events(daemon)[0]["event"] == "serving"
+    )  # a member's failure, or a warning of its release, comes later
 
 
 def test_clients_that_simply_close_leave_no_line_in_the_debug_log(start: Start) -> None:
@@ -840,12 +964,21 @@ def test_clients_that_simply_close_leave_no_line_in_the_debug_log(start: Start) 
 
     lost = eventually(lambda: events(daemon, "connection lost"))
     assert daemon.stop() == 0
-    assert [line["client"] for line in lost] == [f"127.0.0.1:{cut.port}"]  # that one did not simply close
-    assert len(events(daemon)) == len(["serving", "request", "request", "connection lost", "stopping", "stopped"])
+    assert [line["client"] for line in lost] == [
+        f"127.0.0.1:{cut.port}"
+    ]  # that one did not simply close
+    assert len(events(daemon)) == len(
+        ["serving", "request", "request", "connection lost", "stopping", "stopped"]
+    )
 
 
-def test_probes_of_a_tls_port_that_simply_close_leave_no_line_in_the_debug_log(start: Start, pki: Pki) -> None:
-    files = {"SERVER_CERT_PATH": str(pki.good / "server.crt"), "SERVER_KEY_PATH": str(pki.good / "server.key")}
+def test_probes_of_a_tls_port_that_simply_close_leave_no_line_in_the_debug_log(
+    start: Start, pki: Pki
+) -> None:
+    files = {
+        "SERVER_CERT_PATH": str(pki.good / "server.crt"),
+        "SERVER_KEY_PATH": str(pki.good / "server.key"),
+    }
     daemon = start("mock", DEBUG="true", **files)
 
     for linger in (struct.pack("ii", 0, 0), struct.pack("ii", 1, 0)):  # an end, and a reset
@@ -864,31 +997,92 @@ def test_probes_of_a_tls_port_that_simply_close_leave_no_line_in_the_debug_log(s
 def test_a_duration_that_is_long_is_refused_without_delay() -> None:
     refuse = "import shared_lock\ntry: shared_lock.parse_duration('1' * 10**6 + 'x')\nexcept ValueError: exit(7)"
 
-    ended = subprocess.run([PYTHON, "-c", refuse], cwd=HERE, timeout=60)  # it took days: the pattern backtracked
+    ended = subprocess.run(
+        [PYTHON, "-c", refuse], cwd=HERE, timeout=60
+    )  # it took days: the pattern backtracked
 
     assert ended.returncode == 7
 
 
-@pytest.mark.parametrize("text, seconds", [
-    ("60s", 60), ("1m30s", 90), ("1500ms", 2), ("2h", 7200), ("1h0m0.5s", 3601), ("60", 60), ("2.5", 3), ("0.5", 1),
-    (".5s", 1), ("1ns", 1), ("0.001", 1), ("1.000000001s", 2), ("1us", 1), ("+7s", 7), ("9000000000", 9_000_000_000),
-    ("2500000h", 9_000_000_000), (" 60s\t", 60), ("007", 7), ("0.1s0.2s0.7s", 1), ("2.s", 2),
-])  # fmt: skip
-def test_a_ttl_is_a_duration_rounded_up_to_whole_seconds(daemon: Daemon, key: str, text: str, seconds: int) -> None:
+@pytest.mark.parametrize(
+    "text, seconds",
+    [
+        ("60s", 60),
+        ("1m30s", 90),
+        ("1500ms", 2),
+        ("2h", 7200),
+        ("1h0m0.5s", 3601),
+        ("60", 60),
+        ("2.5", 3),
+        ("0.5", 1),
+        (".5s", 1),
+        ("1ns", 1),
+        ("0.001", 1),
+        ("1.000000001s", 2),
+        ("1us", 1),
+        ("+7s", 7),
+        ("9000000000", 9_000_000_000),
+        ("2500000h", 9_000_000_000),
+        (" 60s\t", 60),
+        ("007", 7),
+        ("0.1s0.2s0.7s", 1),
+        ("2.s", 2),
+    ],
+)
+def test_a_ttl_is_a_duration_rounded_up_to_whole_seconds(
+    daemon: Daemon, key: str, text: str, seconds: int
+) -> None:
     answer = daemon.acquire(key, text)
 
     assert answer.status == 201
-    assert answer.headers["x-lease-ttl"] in {f"{seconds}s", "2s" if seconds == 1 else ""}  # etcd raises 1 s to 2 s
+    assert answer.headers["x-lease-ttl"] in {
+        f"{seconds}s",
+        "2s" if seconds == 1 else "",
+    }  # etcd raises 1 s to 2 s
     assert math.ceil(shared_lock.parse_duration(text.strip())) == seconds
 
 
-@pytest.mark.parametrize("text", [
-    "", "10 s", "0", "0s", "0h0m", "-0", "-1s", "-5", "s", ".", "+", "-", "1e3", "1h30", "10S", "10d", "abc", "1_0",
-    "1,5", "0x10", "inf", "NaN", "9000000001", "9000000000.001s", "2500001h", "9" * 5000, "10s, 10s", "²", "٣s",
-    "1s-1s", "--1", "1..5",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "10 s",
+        "0",
+        "0s",
+        "0h0m",
+        "-0",
+        "-1s",
+        "-5",
+        "s",
+        ".",
+        "+",
+        "-",
+        "1e3",
+        "1h30",
+        "10S",
+        "10d",
+        "abc",
+        "1_0",
+        "1,5",
+        "0x10",
+        "inf",
+        "NaN",
+        "9000000001",
+        "9000000000.001s",
+        "2500001h",
+        "9" * 5000,
+        "10s, 10s",
+        "²",
+        "٣s",
+        "1s-1s",
+        "--1",
+        "1..5",
+    ],
+)
 @pytest.mark.parametrize("name", ["x-lease-ttl", "X-Lease-Wait"])
-def test_a_duration_that_is_none_is_400_and_shown(on_memory: Daemon, key: str, name: str, text: str) -> None:
+def test_a_duration_that_is_none_is_400_and_shown(
+    on_memory: Daemon, key: str, name: str, text: str
+) -> None:
     answer = talk(on_memory, post(lock_body(key), f"{name}: {text}".encode()))
 
     if name == "X-Lease-Wait" and text in ("0", "0s", "0h0m", "-0"):
@@ -898,7 +1092,9 @@ def test_a_duration_that_is_none_is_400_and_shown(on_memory: Daemon, key: str, n
         one_line(answer, name.lower(), text[:100])
 
 
-def test_two_ttls_a_ttl_out_of_range_and_a_wait_over_a_minute_are_400(daemon: Daemon, key: str) -> None:
+def test_two_ttls_a_ttl_out_of_range_and_a_wait_over_a_minute_are_400(
+    daemon: Daemon, key: str
+) -> None:
     twice = talk(daemon, post(lock_body(key), b"x-lease-ttl: 10s", b"X-Lease-TTL: 20s"))
     none = daemon.acquire(key, "0")
     long = daemon.acquire(key, **{"x-lease-wait": "60.001s"})
@@ -911,7 +1107,9 @@ def test_two_ttls_a_ttl_out_of_range_and_a_wait_over_a_minute_are_400(daemon: Da
 
 
 @pytest.mark.parametrize("limit, given", [("1m", "10s"), ("5s", "5s")])
-def test_no_ttl_is_longer_than_the_longest_that_is_allowed(start: Start, limit: str, given: str) -> None:
+def test_no_ttl_is_longer_than_the_longest_that_is_allowed(
+    start: Start, limit: str, given: str
+) -> None:
     daemon, seconds = start("mock", MAX_TTL=limit), int(shared_lock.parse_duration(limit))
 
     longest = daemon.acquire("k", limit)
@@ -924,27 +1122,48 @@ def test_no_ttl_is_longer_than_the_longest_that_is_allowed(start: Start, limit: 
     assert (default.status, default.headers["x-lease-ttl"]) == (201, given)
 
 
-@pytest.mark.parametrize("name, default, text, value", [
-    ("SERVER_PORT", 8080, "0", 0), ("SERVER_HOST", "", "::1", "::1"), ("SERVER_READ_TIMEOUT", 10, "1m", 60),
-    ("SERVER_WRITE_TIMEOUT", 10, "0", 0), ("SERVER_IDLE_TIMEOUT", 120, "1.5", 1.5),
-    ("SERVER_SHUTDOWN_TIMEOUT", 10, "500ms", 0.5), ("PPROF_ENABLED", False, "t", True),
-    ("STORAGE_TYPE", "etcd", "mock", "mock"), ("ETCD_TLS", False, "F", False),
-    ("CA_CERT_PATH", "/etc/etcd/ca.crt", "a", "a"), ("CLIENT_CERT_PATH", "/etc/etcd/client.crt", "b", "b"),
-    ("CLIENT_KEY_PATH", "/etc/etcd/client.key", "c", "c"), ("ETCD_TIMEOUT", 5, "2500ms", 2.5),
-    ("CACHE_ENABLED", False, "TRUE", True), ("CACHE_SIZE", 1000, "1", 1), ("DEBUG", False, "1", True),
-    ("MAX_TTL", 9_000_000_000, "1m0.5s", 61),
-])  # fmt: skip
-def test_a_variable_has_its_default_and_takes_its_values(name: str, default: object, text: str, value: object) -> None:
+@pytest.mark.parametrize(
+    "name, default, text, value",
+    [
+        ("SERVER_PORT", 8080, "0", 0),
+        ("SERVER_HOST", "", "::1", "::1"),
+        ("SERVER_READ_TIMEOUT", 10, "1m", 60),
+        ("SERVER_WRITE_TIMEOUT", 10, "0", 0),
+        ("SERVER_IDLE_TIMEOUT", 120, "1.5", 1.5),
+        ("SERVER_SHUTDOWN_TIMEOUT", 10, "500ms", 0.5),
+        ("PPROF_ENABLED", False, "t", True),
+        ("STORAGE_TYPE", "etcd", "mock", "mock"),
+        ("ETCD_TLS", False, "F", False),
+        ("CA_CERT_PATH", "/etc/etcd/ca.crt", "a", "a"),
+        ("CLIENT_CERT_PATH", "/etc/etcd/client.crt", "b", "b"),
+        ("CLIENT_KEY_PATH", "/etc/etcd/client.key", "c", "c"),
+        ("ETCD_TIMEOUT", 5, "2500ms", 2.5),
+        ("CACHE_ENABLED", False, "TRUE", True),
+        ("CACHE_SIZE", 1000, "1", 1),
+        ("DEBUG", False, "1", True),
+        ("MAX_TTL", 9_000_000_000, "1m0.5s", 61),
+    ],
+)
+def test_a_variable_has_its_default_and_takes_its_values(
+    name: str, default: object, text: str, value: object
+) -> None:
     config = shared_lock.Config.from_env({f"SHARED_LOCK_{name}": text, name: "ignored"})
 
     assert getattr(shared_lock.Config.from_env({}), name.lower()) == default
     assert getattr(config, name.lower()) == value
 
 
-@pytest.mark.parametrize("text, shown", [
-    (None, ["localhost:2379"]), ("a:1", ["a:1"]), ("http://a:1 ,\thttps://b.c:2", ["a:1", "b.c:2"]),
-    ("[::1]:3", ["[::1]:3"]), (" 10.0.0.1:65535 ", ["10.0.0.1:65535"]), ("http://a:1/", ["a:1"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        (None, ["localhost:2379"]),
+        ("a:1", ["a:1"]),
+        ("http://a:1 ,\thttps://b.c:2", ["a:1", "b.c:2"]),
+        ("[::1]:3", ["[::1]:3"]),
+        (" 10.0.0.1:65535 ", ["10.0.0.1:65535"]),
+        ("http://a:1/", ["a:1"]),
+    ],
+)
 def test_endpoints_are_listed_with_commas(text: str | None, shown: list[str]) -> None:
     config = shared_lock.Config.from_env({"SHARED_LOCK_ETCD_ADDR_LIST": text} if text else {})
 
@@ -953,25 +1172,54 @@ def test_endpoints_are_listed_with_commas(text: str | None, shown: list[str]) ->
 
 def test_booleans_are_those_of_go() -> None:
     for text in ["1 t T TRUE true True", "0 f F FALSE false False"]:
-        configs = [shared_lock.Config.from_env({"SHARED_LOCK_CACHE_ENABLED": word}) for word in text.split()]
+        configs = [
+            shared_lock.Config.from_env({"SHARED_LOCK_CACHE_ENABLED": word})
+            for word in text.split()
+        ]
         assert {config.cache_enabled for config in configs} == {text[0] == "1"}
 
 
-DURATIONS = [f"SERVER_{what}_TIMEOUT" for what in ("READ", "WRITE", "IDLE", "SHUTDOWN")] + ["ETCD_TIMEOUT"]
+DURATIONS = [f"SERVER_{what}_TIMEOUT" for what in ("READ", "WRITE", "IDLE", "SHUTDOWN")] + [
+    "ETCD_TIMEOUT"
+]
 
 
 UNUSABLE = [
-    *(("SERVER_PORT", text) for text in ["http", "", "-1", "65536", "8e3", "80 80", "٣", "8080\n", "9" * 5000]),
-    *((name, text) for name in DURATIONS for text in ["10 s", "", "-1s", "ten", "1h30", "99999999999s", "inf"]),
-    *((name, text) for name in ["PPROF_ENABLED", "ETCD_TLS", "CACHE_ENABLED", "DEBUG"] for text in [
-        "yes", "", "tRUE", "2"
-    ]),
-    *(("STORAGE_TYPE", text) for text in ["redis", ""]), *(("CACHE_SIZE", text) for text in ["many", "", "-1", "1.5"]),
-    *(("ETCD_ADDR_LIST", text) for text in [
-        "ftp://h:1", "", "h", "h:", ":1", "h:p", "h:0", "h:65536", "a:1,,b:2", "http://", "h h:1"
-    ]),
-    ("ETCD_TIMEOUT", "0"), *(("MAX_TTL", text) for text in ["0", "", "-1s", "1 m", "9000000001"]),
-]  # fmt: skip
+    *(
+        ("SERVER_PORT", text)
+        for text in ["http", "", "-1", "65536", "8e3", "80 80", "٣", "8080\n", "9" * 5000]
+    ),
+    *(
+        (name, text)
+        for name in DURATIONS
+        for text in ["10 s", "", "-1s", "ten", "1h30", "99999999999s", "inf"]
+    ),
+    *(
+        (name, text)
+        for name in ["PPROF_ENABLED", "ETCD_TLS", "CACHE_ENABLED", "DEBUG"]
+        for text in ["yes", "", "tRUE", "2"]
+    ),
+    *(("STORAGE_TYPE", text) for text in ["redis", ""]),
+    *(("CACHE_SIZE", text) for text in ["many", "", "-1", "1.5"]),
+    *(
+        ("ETCD_ADDR_LIST", text)
+        for text in [
+            "ftp://h:1",
+            "",
+            "h",
+            "h:",
+            ":1",
+            "h:p",
+            "h:0",
+            "h:65536",
+            "a:1,,b:2",
+            "http://",
+            "h h:1",
+        ]
+    ),
+    ("ETCD_TIMEOUT", "0"),
+    *(("MAX_TTL", text) for text in ["0", "", "-1s", "1 m", "9000000001"]),
+]
 
 
 @pytest.mark.parametrize("name, text", UNUSABLE, ids=lambda text: ascii(text)[:30])
@@ -984,10 +1232,13 @@ def test_a_value_that_cannot_be_used_is_an_error_of_one_line(name: str, text: st
     assert text.strip()[:100] in line or "," in text
 
 
-@pytest.mark.parametrize("name, text", [
-    *dict(reversed(UNUSABLE)).items(),
-    *(("SERVER_HOST", text) for text in ["no host", "192.0.2.1", "a..b", "x" * 64]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        *dict(reversed(UNUSABLE)).items(),
+        *(("SERVER_HOST", text) for text in ["no host", "192.0.2.1", "a..b", "x" * 64]),
+    ],
+)
 def test_a_value_that_cannot_be_used_stops_the_start(name: str, text: str) -> None:
     ended = run_module(SERVE, **{"STORAGE_TYPE": "mock", "SERVER_PORT": "0", name: text})
 
@@ -995,17 +1246,37 @@ def test_a_value_that_cannot_be_used_stops_the_start(name: str, text: str) -> No
     assert f"SHARED_LOCK_{name}" in ended.stderr and text in ended.stderr
 
 
-def test_a_variable_that_is_none_of_ours_is_warned_of_and_kubernetes_service_links_are_not(start: Start) -> None:
-    typos = {"ETCD_ADDRS": "http://secret:1", "ETCD_TIME_OUT": "5s", "SERVER_PORTS": "1", "server_port": "1", "": "x"}
+def test_a_variable_that_is_none_of_ours_is_warned_of_and_kubernetes_service_links_are_not(
+    start: Start,
+) -> None:
+    typos = {
+        "ETCD_ADDRS": "http://secret:1",
+        "ETCD_TIME_OUT": "5s",
+        "SERVER_PORTS": "1",
+        "server_port": "1",
+        "": "x",
+    }
     link, at = "tcp://10.0.0.1:8080", "10.0.0.1"
-    links = {"SERVICE_HOST": at, "SERVICE_PORT": "8080", "SERVICE_PORT_HTTP_2": "8080", "PORT": link}  # "shared-lock"
+    links = {
+        "SERVICE_HOST": at,
+        "SERVICE_PORT": "8080",
+        "SERVICE_PORT_HTTP_2": "8080",
+        "PORT": link,
+    }  # "shared-lock"
     links |= {"PORT_8080_TCP": link, "PORT_8080_TCP_PROTO": "tcp", "PORT_8080_TCP_PORT": "8080"}
-    links |= {"PORT_8080_TCP_ADDR": at, "WEB_SERVICE_HOST": at, "WEB_PORT": link, "WEB_PORT_53_UDP": "udp://[::1]:53"}
+    links |= {
+        "PORT_8080_TCP_ADDR": at,
+        "WEB_SERVICE_HOST": at,
+        "WEB_PORT": link,
+        "WEB_PORT_53_UDP": "udp://[::1]:53",
+    }
 
     daemon = start("mock", **typos, **links)
     daemon.request("GET", "/health")
 
-    warned = eventually(lambda: len(found := events(daemon, "unknown variable")) == len(typos) and found)
+    warned = eventually(
+        lambda: len(found := events(daemon, "unknown variable")) == len(typos) and found
+    )
     assert {line["variable"] for line in warned} == {f"SHARED_LOCK_{name}" for name in typos}
     assert {line["level"] for line in warned} == {"warning"}
     assert "secret" not in daemon.log()  # a password may be among the values
@@ -1026,8 +1297,13 @@ class Pki(NamedTuple):
         """The variables for these files; `files` are others for single ones, by variable."""
         folders = self._asdict()
         names = {"CA_CERT_PATH": (ca, "ca.crt"), "CLIENT_CERT_PATH": (client, "client.crt")}
-        names |= {"CLIENT_KEY_PATH": (client, "client.key")} | {name: (client, file) for name, file in files.items()}
-        return {"ETCD_TLS": "true", **{name: str(folders[whose] / file) for name, (whose, file) in names.items()}}
+        names |= {"CLIENT_KEY_PATH": (client, "client.key")} | {
+            name: (client, file) for name, file in files.items()
+        }
+        return {
+            "ETCD_TLS": "true",
+            **{name: str(folders[whose] / file) for name, (whose, file) in names.items()},
+        }
 
     def port(self, client_ca: str = "") -> dict[str, str]:
         """The variables for TLS on the daemon's own port; `client_ca`, a file, is for callers' certificates."""
@@ -1038,7 +1314,9 @@ class Pki(NamedTuple):
         """What a caller of that port trusts, and shows."""
         context = ssl.create_default_context(cafile=str(self.good / "ca.crt"))
         if whose:
-            context.load_cert_chain(*(self._asdict()[whose] / f"client.{kind}" for kind in ("crt", "key")))
+            context.load_cert_chain(
+                *(self._asdict()[whose] / f"client.{kind}" for kind in ("crt", "key"))
+            )
         return context
 
 
@@ -1052,8 +1330,12 @@ def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
     (folders[2] / "bare").write_text("[req]\ndistinguished_name = names\n[names]\n")
     for folder, name in itertools.product(folders, ("ca", "server", "client")):
         extensions = lax + str(name == "ca").upper() if folder == folders[2] else usage
-        signer = "" if name == "ca" else "-CA ca.crt -CAkey ca.key -addext subjectAltName=IP:127.0.0.1"
-        command = f"{make} {extensions} {signer} -subj /CN={name} -keyout {name}.key -out {name}.crt"
+        signer = (
+            "" if name == "ca" else "-CA ca.crt -CAkey ca.key -addext subjectAltName=IP:127.0.0.1"
+        )
+        command = (
+            f"{make} {extensions} {signer} -subj /CN={name} -keyout {name}.key -out {name}.crt"
+        )
         subprocess.run(command.split(), cwd=folder, check=True, capture_output=True)
     lock = "openssl pkey -aes128 -passout pass:secret -in client.key -out locked.key"
     subprocess.run(lock.split(), cwd=folders[0], check=True, capture_output=True)
@@ -1061,11 +1343,21 @@ def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
     return Pki(*folders)
 
 
-@pytest.mark.parametrize("name, file", [
-    ("CA_CERT_PATH", "missing"), ("CA_CERT_PATH", "garbage"), ("CA_CERT_PATH", "client.key"), ("CA_CERT_PATH", "."),
-    ("CLIENT_CERT_PATH", "missing"), ("CLIENT_CERT_PATH", "garbage"), ("CLIENT_CERT_PATH", "ca.crt"),
-    ("CLIENT_KEY_PATH", "missing"), ("CLIENT_KEY_PATH", "garbage"), ("CLIENT_KEY_PATH", "locked.key"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, file",
+    [
+        ("CA_CERT_PATH", "missing"),
+        ("CA_CERT_PATH", "garbage"),
+        ("CA_CERT_PATH", "client.key"),
+        ("CA_CERT_PATH", "."),
+        ("CLIENT_CERT_PATH", "missing"),
+        ("CLIENT_CERT_PATH", "garbage"),
+        ("CLIENT_CERT_PATH", "ca.crt"),
+        ("CLIENT_KEY_PATH", "missing"),
+        ("CLIENT_KEY_PATH", "garbage"),
+        ("CLIENT_KEY_PATH", "locked.key"),
+    ],
+)
 def test_tls_files_that_cannot_be_used_stop_the_start(pki: Pki, name: str, file: str) -> None:
     env = pki.env(**{name: file})
 
@@ -1079,9 +1371,13 @@ def test_a_plain_endpoint_stops_the_start_where_tls_was_asked_for(pki: Pki) -> N
     env = {f"SHARED_LOCK_{name}": value for name, value in pki.env().items()}
     env["SHARED_LOCK_ETCD_ADDR_LIST"] = "a:1,https://b:2,http://c:3"
 
-    with pytest.raises(shared_lock.ConfigError, match=r'SHARED_LOCK_ETCD_ADDR_LIST: not https.*"http://c:3"'):
+    with pytest.raises(
+        shared_lock.ConfigError, match=r'SHARED_LOCK_ETCD_ADDR_LIST: not https.*"http://c:3"'
+    ):
         shared_lock.Config.from_env(env)
-    assert shared_lock.Config.from_env({**env, "SHARED_LOCK_ETCD_TLS": "f", "SHARED_LOCK_CA_CERT_PATH": "/missing"})
+    assert shared_lock.Config.from_env(
+        {**env, "SHARED_LOCK_ETCD_TLS": "f", "SHARED_LOCK_CA_CERT_PATH": "/missing"}
+    )
 
 
 # == Wire: what is HTTP/1.1, and what is not =========================================================================
@@ -1097,7 +1393,9 @@ def test_pipelined_requests_are_answered_in_order(on_memory: Daemon) -> None:
     assert client.rest() == b""
 
 
-def test_a_request_in_single_bytes_is_read_and_so_is_the_longest_head_after_it(on_memory: Daemon, key: str) -> None:
+def test_a_request_in_single_bytes_is_read_and_so_is_the_longest_head_after_it(
+    on_memory: Daemon, key: str
+) -> None:
     client = Talk(on_memory)
     for byte in post(lock_body(key)):
         client.say(bytes([byte]))
@@ -1112,11 +1410,21 @@ def test_a_request_in_single_bytes_is_read_and_so_is_the_longest_head_after_it(o
     assert (first.status, second.status) == (201, 200)
 
 
-@pytest.mark.parametrize("version, option, kept", [
-    ("1.1", b"", True), ("1.1", b"close", False), ("1.1", b"foo, Close", False), ("1.1", b"keep-alive", True),
-    ("1.0", b"", False), ("1.0", b"Keep-Alive", True), ("1.0", b"close", False),
-])  # fmt: skip
-def test_a_connection_is_kept_as_its_request_says(on_memory: Daemon, version: str, option: bytes, kept: bool) -> None:
+@pytest.mark.parametrize(
+    "version, option, kept",
+    [
+        ("1.1", b"", True),
+        ("1.1", b"close", False),
+        ("1.1", b"foo, Close", False),
+        ("1.1", b"keep-alive", True),
+        ("1.0", b"", False),
+        ("1.0", b"Keep-Alive", True),
+        ("1.0", b"close", False),
+    ],
+)
+def test_a_connection_is_kept_as_its_request_says(
+    on_memory: Daemon, version: str, option: bytes, kept: bool
+) -> None:
     headers = [b"Connection: " + option] if option else []
     client = Talk(on_memory, get("/health", *headers, version=version) + HEALTH)
 
@@ -1127,12 +1435,30 @@ def test_a_connection_is_kept_as_its_request_says(on_memory: Daemon, version: st
     assert client.answer().status == 200 if kept else client.rest() == b""
 
 
-@pytest.mark.parametrize("head", [
-    b"HTTP/1.0", *(b"HTTP/1.1\r\nHost: " + host for host in [
-        b"x", b"", b"x:8080", b"x:", b"lock.example.", b"a_b", b"10.0.0.1:1", b"[::1]", b"[::1]:8080", b"a%20b"
-    ])
-])  # fmt: skip
-def test_a_host_is_a_name_or_an_address_and_only_http_1_0_needs_none(on_memory: Daemon, head: bytes) -> None:
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"HTTP/1.0",
+        *(
+            b"HTTP/1.1\r\nHost: " + host
+            for host in [
+                b"x",
+                b"",
+                b"x:8080",
+                b"x:",
+                b"lock.example.",
+                b"a_b",
+                b"10.0.0.1:1",
+                b"[::1]",
+                b"[::1]:8080",
+                b"a%20b",
+            ]
+        ),
+    ],
+)
+def test_a_host_is_a_name_or_an_address_and_only_http_1_0_needs_none(
+    on_memory: Daemon, head: bytes
+) -> None:
     assert talk(on_memory, b"GET /health %s\r\n\r\n" % head).status == 200
 
 
@@ -1158,7 +1484,9 @@ def cut_up(data: bytes, size: int) -> list[bytes]:
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-def test_a_body_of_64_kib_is_served_and_a_byte_more_is_413(daemon: Daemon, key: str, chunked: bool) -> None:
+def test_a_body_of_64_kib_is_served_and_a_byte_more_is_413(
+    daemon: Daemon, key: str, chunked: bool
+) -> None:
     def send(body: bytes) -> Answer:
         coded = post(chunks(*cut_up(body, 1000)), b"Transfer-Encoding: chunked")
         return talk(daemon, coded if chunked else post(body))
@@ -1169,9 +1497,14 @@ def test_a_body_of_64_kib_is_served_and_a_byte_more_is_413(daemon: Daemon, key: 
     one_line(answers[0])
 
 
-@pytest.mark.parametrize("header", [
-    b"Content-Length: 100000000", b"Content-Length: " + b"9" * 5000, b"Transfer-Encoding: chunked",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"Content-Length: 100000000",
+        b"Content-Length: " + b"9" * 5000,
+        b"Transfer-Encoding: chunked",
+    ],
+)
 def test_413_arrives_although_the_client_is_still_sending(on_memory: Daemon, header: bytes) -> None:
     client = Talk(on_memory, post(b"", header))
 
@@ -1182,7 +1515,9 @@ def test_413_arrives_although_the_client_is_still_sending(on_memory: Daemon, hea
     assert (answer.status, answer.headers["connection"], client.rest()) == (413, "close", b"")
 
 
-def test_100_continue_is_said_before_a_body_that_is_wanted_and_never_for_another(daemon: Daemon, key: str) -> None:
+def test_100_continue_is_said_before_a_body_that_is_wanted_and_never_for_another(
+    daemon: Daemon, key: str
+) -> None:
     body, expect = lock_body(key), b"Expect: 100-Continue"
     client = Talk(daemon, post(b"", b"Content-Length: %d" % len(body), expect))
     chunked = Talk(daemon, post(b"", b"Transfer-Encoding: chunked", expect))
@@ -1202,7 +1537,10 @@ def test_100_continue_is_said_before_a_body_that_is_wanted_and_never_for_another
 
 def test_an_http_1_0_client_never_sees_100_continue(on_memory: Daemon, key: str) -> None:
     body = lock_body(key)
-    client = Talk(on_memory, post(b"", b"Content-Length: %d" % len(body), b"Expect: 100-continue", version="1.0"))
+    client = Talk(
+        on_memory,
+        post(b"", b"Content-Length: %d" % len(body), b"Expect: 100-continue", version="1.0"),
+    )
 
     early, _, _ = select.select([client.sock], [], [], 0.3)
     client.say(body)
@@ -1211,46 +1549,137 @@ def test_an_http_1_0_client_never_sees_100_continue(on_memory: Daemon, key: str)
     assert client.answer().status == 201
 
 
-LENGTHS = [b"+2", b"-2", b"", b" ", b"0x2", b"2.0", b"2 2", b"2,2", b"2;", b"1_0", b"\xc2\xb2", b"\xd9\xa2", b"\xff"]
+LENGTHS = [
+    b"+2",
+    b"-2",
+    b"",
+    b" ",
+    b"0x2",
+    b"2.0",
+    b"2 2",
+    b"2,2",
+    b"2;",
+    b"1_0",
+    b"\xc2\xb2",
+    b"\xd9\xa2",
+    b"\xff",
+]
 
 
-@pytest.mark.parametrize("request_, shown", [
-    *((post(b"{}", b"Content-Length: " + text), "content-length") for text in LENGTHS),
-    *((post(b"", b"Content-Length: " + text, b"Expect: 100-continue"), "content-length") for text in LENGTHS),
-    (post(b"{}", b"Content-Length: 2", b"Content-Length: 2"), "content-length"),
-    (post(b"{}", b"Content-Length: 2", b"A: b", b"content-length: 3"), "content-length"),
-    (post(b"2\r\n{}\r\n0\r\n\r\n", b"Transfer-Encoding: chunked", b"Content-Length: 12"), "content-length"),
-    (post(b"2\r\n{}\r\n0\r\n\r\n", b"Content-Length: 12", b"Transfer-Encoding: chunked"), "content-length"),
-    *((post(body + b"0\r\n\r\n", b"Transfer-Encoding: chunked"), "") for body in [
-        b"\r\n", b"x\r\n", b"-5\r\nhello\r\n", b"+5\r\nhello\r\n", b"0x5\r\nhello\r\n", b"5 5\r\nhello\r\n",
-        b" 5\r\nhello\r\n", b"1_0\r\n", b"5\nhello\r\n", b"5\r\nhello!\r\n", b"5\r\nhello0\r\n\r\n",
-        b"5;a\nb\r\nhello\r\n", b";a\r\n", b"\xd9\xa5\r\nhello\r\n", b"5;" + b"x" * 70_000
-    ]),
-    (post(b"0\r\n\r\n", b"Transfer-Encoding: gzip"), '"gzip"'),
-    (post(b"0\r\n\r\n", b"Transfer-Encoding: chunked, gzip"), "gzip"),
-    (post(b"0\r\n\r\n", b"Transfer-Encoding: chunked", b"Transfer-Encoding: chunked"), "chunked"),
-    (post(b"0\r\n\r\n", b"Transfer-Encoding: chunked", version="1.0"), "transfer-encoding"),
-    *((get("/health", lines), shown) for lines, shown in [
-        (b"A : x", "A : x"), (b"A\t: x", "A"), (b"A: b\r\n folded", " folded"),
-        (b"A: b\r\n\tfolded: c", "folded: c"), (b"no colon", "no colon"), (b": nameless", ": nameless"),
-        (b"A: b\nC: d", "A: b"), (b"A: b\rC: d", "A: b"), (b"A: b\0c", "A: b"), (b"A: \x1b[31m", "A: "),
-        (b"A: \x7f", "A: "), (b"A(b): c", "A(b): c"), (b"\xc3\xa4: c", "ä: c"), (b"A: b\n", ""),
-        (b"A: b\n\n", ""), (b"Host: x", "host"), (b"host: y", "host")
-    ]),
-    *((b"GET /health HTTP/1.1\r\n" + lines + b"\r\n\r\n", shown) for lines, shown in [
-        (b"A: b", "host"), (b" A: b", " A: b"), *((b"Host: " + host, "host") for host in [
-            b"a b", b"x/y", b"x:y", b"x:1:2", b"a,b", b"u@x", b"[::1", b"::1", b"http://x", b"x?", b"\xff"
-        ])
-    ]),
-    (b"GET /health HTTP/1.1\nHost: x\n\n", "line"), (b"GET /health HTTP/1.1\r\n\r\n", "host"),
-    *((line + b"\r\nHost: x\r\n\r\n", line.decode("latin-1")[:20]) for line in [
-        b"GET /health", b"GET  /health HTTP/1.1", b"GET /he alth HTTP/1.1", b"GET /health HTTP/1.1 ",
-        b" GET /health HTTP/1.1", b"GET /health http/1.1", b"GET /health HTTP/1.10", b"GET /health HTTP/1",
-        b"G{T /health HTTP/1.1", b"hello"
-    ]),
-    (get("/\0"), "GET"), (b"\x16\x03\x01\x02\0\r\n\r\n", ""),
-])  # fmt: skip
-def test_what_is_not_strictly_http_ends_the_connection(on_memory: Daemon, request_: bytes, shown: str) -> None:
+@pytest.mark.parametrize(
+    "request_, shown",
+    [
+        *((post(b"{}", b"Content-Length: " + text), "content-length") for text in LENGTHS),
+        *(
+            (post(b"", b"Content-Length: " + text, b"Expect: 100-continue"), "content-length")
+            for text in LENGTHS
+        ),
+        (post(b"{}", b"Content-Length: 2", b"Content-Length: 2"), "content-length"),
+        (post(b"{}", b"Content-Length: 2", b"A: b", b"content-length: 3"), "content-length"),
+        (
+            post(b"2\r\n{}\r\n0\r\n\r\n", b"Transfer-Encoding: chunked", b"Content-Length: 12"),
+            "content-length",
+        ),
+        (
+            post(b"2\r\n{}\r\n0\r\n\r\n", b"Content-Length: 12", b"Transfer-Encoding: chunked"),
+            "content-length",
+        ),
+        *(
+            (post(body + b"0\r\n\r\n", b"Transfer-Encoding: chunked"), "")
+            for body in [
+                b"\r\n",
+                b"x\r\n",
+                b"-5\r\nhello\r\n",
+                b"+5\r\nhello\r\n",
+                b"0x5\r\nhello\r\n",
+                b"5 5\r\nhello\r\n",
+                b" 5\r\nhello\r\n",
+                b"1_0\r\n",
+                b"5\nhello\r\n",
+                b"5\r\nhello!\r\n",
+                b"5\r\nhello0\r\n\r\n",
+                b"5;a\nb\r\nhello\r\n",
+                b";a\r\n",
+                b"\xd9\xa5\r\nhello\r\n",
+                b"5;" + b"x" * 70_000,
+            ]
+        ),
+        (post(b"0\r\n\r\n", b"Transfer-Encoding: gzip"), '"gzip"'),
+        (post(b"0\r\n\r\n", b"Transfer-Encoding: chunked, gzip"), "gzip"),
+        (
+            post(b"0\r\n\r\n", b"Transfer-Encoding: chunked", b"Transfer-Encoding: chunked"),
+            "chunked",
+        ),
+        (post(b"0\r\n\r\n", b"Transfer-Encoding: chunked", version="1.0"), "transfer-encoding"),
+        *(
+            (get("/health", lines), shown)
+            for lines, shown in [
+                (b"A : x", "A : x"),
+                (b"A\t: x", "A"),
+                (b"A: b\r\n folded", " folded"),
+                (b"A: b\r\n\tfolded: c", "folded: c"),
+                (b"no colon", "no colon"),
+                (b": nameless", ": nameless"),
+                (b"A: b\nC: d", "A: b"),
+                (b"A: b\rC: d", "A: b"),
+                (b"A: b\0c", "A: b"),
+                (b"A: \x1b[31m", "A: "),
+                (b"A: \x7f", "A: "),
+                (b"A(b): c", "A(b): c"),
+                (b"\xc3\xa4: c", "ä: c"),
+                (b"A: b\n", ""),
+                (b"A: b\n\n", ""),
+                (b"Host: x", "host"),
+                (b"host: y", "host"),
+            ]
+        ),
+        *(
+            (b"GET /health HTTP/1.1\r\n" + lines + b"\r\n\r\n", shown)
+            for lines, shown in [
+                (b"A: b", "host"),
+                (b" A: b", " A: b"),
+                *(
+                    (b"Host: " + host, "host")
+                    for host in [
+                        b"a b",
+                        b"x/y",
+                        b"x:y",
+                        b"x:1:2",
+                        b"a,b",
+                        b"u@x",
+                        b"[::1",
+                        b"::1",
+                        b"http://x",
+                        b"x?",
+                        b"\xff",
+                    ]
+                ),
+            ]
+        ),
+        (b"GET /health HTTP/1.1\nHost: x\n\n", "line"),
+        (b"GET /health HTTP/1.1\r\n\r\n", "host"),
+        *(
+            (line + b"\r\nHost: x\r\n\r\n", line.decode("latin-1")[:20])
+            for line in [
+                b"GET /health",
+                b"GET  /health HTTP/1.1",
+                b"GET /he alth HTTP/1.1",
+                b"GET /health HTTP/1.1 ",
+                b" GET /health HTTP/1.1",
+                b"GET /health http/1.1",
+                b"GET /health HTTP/1.10",
+                b"GET /health HTTP/1",
+                b"G{T /health HTTP/1.1",
+                b"hello",
+            ]
+        ),
+        (get("/\0"), "GET"),
+        (b"\x16\x03\x01\x02\0\r\n\r\n", ""),
+    ],
+)
+def test_what_is_not_strictly_http_ends_the_connection(
+    on_memory: Daemon, request_: bytes, shown: str
+) -> None:
     client = Talk(on_memory, request_ + HEALTH)  # the second one might be smuggled
 
     answer = client.answer()
@@ -1260,11 +1689,20 @@ def test_what_is_not_strictly_http_ends_the_connection(on_memory: Daemon, reques
     one_line(answer)
 
 
-@pytest.mark.parametrize("request_, status, shown", [
-    (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505, "HTTP/2.0"),
-    (post(b"0\r\n" + b"t: x\r\n" * 102 + b"\r\n", b"Transfer-Encoding: chunked"), 431, "more than 100 trailers"),
-])  # fmt: skip
-def test_http_2_and_too_many_trailers_are_refused(on_memory: Daemon, request_: bytes, status: int, shown: str) -> None:
+@pytest.mark.parametrize(
+    "request_, status, shown",
+    [
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505, "HTTP/2.0"),
+        (
+            post(b"0\r\n" + b"t: x\r\n" * 102 + b"\r\n", b"Transfer-Encoding: chunked"),
+            431,
+            "more than 100 trailers",
+        ),
+    ],
+)
+def test_http_2_and_too_many_trailers_are_refused(
+    on_memory: Daemon, request_: bytes, status: int, shown: str
+) -> None:
     answer = talk(on_memory, request_)
 
     assert (answer.status, answer.headers["connection"]) == (status, "close")
@@ -1277,12 +1715,24 @@ def head_of(size: int, headers: int = 2) -> bytes:
     return head[:-4] + b"x" * (size - len(head)) + head[-4:]
 
 
-@pytest.mark.parametrize("head, status", [
-    (head_of(KIB64), 200), (head_of(KIB64 + 5), 431), (head_of(500_000), 431),
-    (head_of(3000, 100), 200), (head_of(3000, 101), 431), (head_of(KIB64, 100), 200), (head_of(500_000, 90), 431),
-    (b"GET /" + b"x" * 200_000, 431), (b"GET / HTTP/1.1\r\nHost: x\r\nA: " + b"x" * 200_000, 431),
-    (get("/" + "x" * (KIB64 - 27)), 404), (get("/" + "x" * (KIB64 - 22)), 431), (get("/" + "x" * 500_000), 431),
-], ids=lambda value: len(value) if isinstance(value, bytes) else value)  # fmt: skip
+@pytest.mark.parametrize(
+    "head, status",
+    [
+        (head_of(KIB64), 200),
+        (head_of(KIB64 + 5), 431),
+        (head_of(500_000), 431),
+        (head_of(3000, 100), 200),
+        (head_of(3000, 101), 431),
+        (head_of(KIB64, 100), 200),
+        (head_of(500_000, 90), 431),
+        (b"GET /" + b"x" * 200_000, 431),
+        (b"GET / HTTP/1.1\r\nHost: x\r\nA: " + b"x" * 200_000, 431),
+        (get("/" + "x" * (KIB64 - 27)), 404),
+        (get("/" + "x" * (KIB64 - 22)), 431),
+        (get("/" + "x" * 500_000), 431),
+    ],
+    ids=lambda value: len(value) if isinstance(value, bytes) else value,
+)
 @pytest.mark.parametrize("last_packet", [0, 2])
 def test_a_head_of_more_than_64_kib_or_100_headers_is_431(
     on_memory: Daemon, head: bytes, status: int, last_packet: int
@@ -1294,7 +1744,10 @@ def test_a_head_of_more_than_64_kib_or_100_headers_is_431(
 
     answer = client.answer()
 
-    assert (answer.status, answer.headers.get("connection")) == (status, "close" if status == 431 else None)
+    assert (answer.status, answer.headers.get("connection")) == (
+        status,
+        "close" if status == 431 else None,
+    )
     if status != 200:
         one_line(answer)
 
@@ -1302,11 +1755,31 @@ def test_a_head_of_more_than_64_kib_or_100_headers_is_431(
 def test_whatever_is_sent_the_daemon_answers_or_closes_and_still_serves(start: Start) -> None:
     daemon, dice = start("mock", DEBUG="true"), random.Random(4711)
     seeds = [
-        HEALTH + post(lock_body("fuzz")), post(b"4711", path="/keepalive"), get("/lease?key=a%20b") * 2,
-        post(chunks(lock_body("fuzz")), b"Transfer-Encoding: chunked", b"x-lease-ttl: 1m30s", b"x-lease-wait: 1ms"),
+        HEALTH + post(lock_body("fuzz")),
+        post(b"4711", path="/keepalive"),
+        get("/lease?key=a%20b") * 2,
+        post(
+            chunks(lock_body("fuzz")),
+            b"Transfer-Encoding: chunked",
+            b"x-lease-ttl: 1m30s",
+            b"x-lease-wait: 1ms",
+        ),
         post(lock_body("fuzz"), b"Expect: 100-continue", b"x-lease-ttl: 10s"),
-    ]  # fmt: skip
-    spices = [b"\r\n", b"\n", b"\0", b"\xff\xfe", "²".encode(), b" ", b":", b"-1", b"9" * 30, b"{", b'"\\ud800"', b"%"]
+    ]
+    spices = [
+        b"\r\n",
+        b"\n",
+        b"\0",
+        b"\xff\xfe",
+        "²".encode(),
+        b" ",
+        b":",
+        b"-1",
+        b"9" * 30,
+        b"{",
+        b'"\\ud800"',
+        b"%",
+    ]
 
     def mutant(data: bytes) -> bytes:
         for _ in range(dice.randint(1, 4)):
@@ -1372,7 +1845,9 @@ def test_an_idle_connection_is_closed_without_a_word(start: Start, first: bytes)
 
 
 def test_a_timeout_of_zero_is_none(start: Start, key: str) -> None:
-    daemon = start("mock", SERVER_READ_TIMEOUT="0", SERVER_IDLE_TIMEOUT="0s", SERVER_WRITE_TIMEOUT="0")
+    daemon = start(
+        "mock", SERVER_READ_TIMEOUT="0", SERVER_IDLE_TIMEOUT="0s", SERVER_WRITE_TIMEOUT="0"
+    )
     client = Talk(daemon)
     time.sleep(0.5)
 
@@ -1422,7 +1897,9 @@ def test_two_thousand_connections_are_served_within_128_mib(start: Start, key: s
         stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
         daemon = start("mock")
         clients = [stack.enter_context(contextlib.closing(Talk(daemon))) for _ in range(2000)]
-        for number, client in enumerate(clients):  # each is granted, and so logged, in its own thread
+        for number, client in enumerate(
+            clients
+        ):  # each is granted, and so logged, in its own thread
             client.say(post(lock_body(f"{key}-{number}")))
         answers = [client.answer() for client in clients]
         resident = resident_mib(daemon.process.pid)
@@ -1432,7 +1909,9 @@ def test_two_thousand_connections_are_served_within_128_mib(start: Start, key: s
 
 
 def test_the_soft_limit_of_open_files_is_raised_to_the_hard_one(start: Start) -> None:
-    daemon = start("mock", command=["sh", "-c", f"ulimit -S -n 64; exec {shlex.join([PYTHON, *SERVE])}"])
+    daemon = start(
+        "mock", command=["sh", "-c", f"ulimit -S -n 64; exec {shlex.join([PYTHON, *SERVE])}"]
+    )
 
     soft, hard = resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE)
 
@@ -1463,7 +1942,9 @@ def test_a_daemon_out_of_descriptors_serves_again_when_some_are_free(start: Star
     assert daemon.stop() == 0
 
 
-def test_a_shortage_of_descriptors_is_not_blamed_on_etcd_and_ends_no_lock(start: Start, etcd: Etcd, key: str) -> None:
+def test_a_shortage_of_descriptors_is_not_blamed_on_etcd_and_ends_no_lock(
+    start: Start, etcd: Etcd, key: str
+) -> None:
     daemon = start(etcd.url, ETCD_TIMEOUT="2s")
     lease = daemon.acquire(key).text.encode()
     holder, *others = [Talk(daemon, HEALTH) for _ in range(9)]
@@ -1497,12 +1978,20 @@ def guarded(folder: Path) -> Iterator[Daemon]:
 
 def with_token(daemon: Daemon, token: str) -> int:
     """The status for who shows this token."""
-    return daemon.request("GET", "/lease?prefix=", None, {"Authorization": f"Bearer {token}"}).status
+    return daemon.request(
+        "GET", "/lease?prefix=", None, {"Authorization": f"Bearer {token}"}
+    ).status
 
 
-@pytest.mark.parametrize("shown", [
-    "Bearer first-token", "bearer second-token", "BEARER \t first-token", "bEaReR second-token ",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "shown",
+    [
+        "Bearer first-token",
+        "bearer second-token",
+        "BEARER \t first-token",
+        "bEaReR second-token ",
+    ],
+)
 def test_who_shows_one_of_the_tokens_may_ask(guarded: Daemon, key: str, shown: str) -> None:
     lock = guarded.acquire(key, authorization=shown)
     released = guarded.request("DELETE", "/lease", lock.body, {"authorization": shown})
@@ -1510,13 +1999,31 @@ def test_who_shows_one_of_the_tokens_may_ask(guarded: Daemon, key: str, shown: s
     assert (lock.status, released.status) == (201, 200)
 
 
-@pytest.mark.parametrize("shown", [
-    None, b"", b"Bearer", b"Bearer ", b"first-token", b"Basic first-token", b"Bearer:first-token", b"Bearer wrong",
-    b"Bearer FIRST-TOKEN", b"Bearer first-toke", b"Bearer first-tokens", b"Bearer first-token second-token",
-    b"Bearer \xff\xfe\x80", "Bearer ключ".encode(), b"Bearer " + b"x" * 50_000,
-    b"Bearer first-token\r\nAuthorization: Bearer first-token",
-], ids=lambda shown: ascii(shown)[:30])  # fmt: skip
-def test_anybody_else_is_401_for_all_but_health_and_readiness(guarded: Daemon, key: str, shown: bytes | None) -> None:
+@pytest.mark.parametrize(
+    "shown",
+    [
+        None,
+        b"",
+        b"Bearer",
+        b"Bearer ",
+        b"first-token",
+        b"Basic first-token",
+        b"Bearer:first-token",
+        b"Bearer wrong",
+        b"Bearer FIRST-TOKEN",
+        b"Bearer first-toke",
+        b"Bearer first-tokens",
+        b"Bearer first-token second-token",
+        b"Bearer \xff\xfe\x80",
+        "Bearer ключ".encode(),
+        b"Bearer " + b"x" * 50_000,
+        b"Bearer first-token\r\nAuthorization: Bearer first-token",
+    ],
+    ids=lambda shown: ascii(shown)[:30],
+)
+def test_anybody_else_is_401_for_all_but_health_and_readiness(
+    guarded: Daemon, key: str, shown: bytes | None
+) -> None:
     header = [] if shown is None else [b"Authorization: " + shown]
     paths = [
         "GET /lease?key=x",
@@ -1526,28 +2033,54 @@ def test_anybody_else_is_401_for_all_but_health_and_readiness(guarded: Daemon, k
         "GET /debug/pprof/",
         "GET /nowhere",
     ]
-    paths += ["PUT /lease", "GET /health/", "GET //health", "GET /Health", "GET http://x/lease?/health"]
+    paths += [
+        "PUT /lease",
+        "GET /health/",
+        "GET //health",
+        "GET /Health",
+        "GET http://x/lease?/health",
+    ]
 
     answers = [talk(guarded, post(lock_body(key), *header))]
-    answers += [talk(guarded, get(path, *header, method=method)) for method, path in map(str.split, paths)]
-    open_to_all = [talk(guarded, get(path, *header)).status for path in ("/health", "/ready", "http://x/ready?a")]
+    answers += [
+        talk(guarded, get(path, *header, method=method)) for method, path in map(str.split, paths)
+    ]
+    open_to_all = [
+        talk(guarded, get(path, *header)).status
+        for path in ("/health", "/ready", "http://x/ready?a")
+    ]
 
-    assert {(answer.status, answer.headers["www-authenticate"]) for answer in answers} == {(401, "Bearer")}
+    assert {(answer.status, answer.headers["www-authenticate"]) for answer in answers} == {
+        (401, "Bearer")
+    }
     one_line(answers[0], "authorization")
     assert open_to_all == [200, 200, 200]
     assert guarded.acquire(key, authorization="Bearer first-token").status == 201
 
 
-@pytest.mark.parametrize("announced", [
-    [b"Content-Length: 100"], [b"Transfer-Encoding: chunked"], [b"Content-Length: 100", b"Expect: 100-continue"],
-    [b"Content-Length: 99999999"], [b"Content-Length: no"],
-], ids=len)  # fmt: skip
-def test_401_is_said_before_a_body_is_waited_for_or_looked_at(guarded: Daemon, announced: list[bytes]) -> None:
+@pytest.mark.parametrize(
+    "announced",
+    [
+        [b"Content-Length: 100"],
+        [b"Transfer-Encoding: chunked"],
+        [b"Content-Length: 100", b"Expect: 100-continue"],
+        [b"Content-Length: 99999999"],
+        [b"Content-Length: no"],
+    ],
+    ids=len,
+)
+def test_401_is_said_before_a_body_is_waited_for_or_looked_at(
+    guarded: Daemon, announced: list[bytes]
+) -> None:
     assert talk(guarded, post(b"", b"Authorization: Bearer wrong", *announced)).status == 401
 
 
 def test_no_token_is_logged_or_part_of_an_answer(guarded: Daemon, key: str) -> None:
-    headers = [b"Authorization: Bearer %s", b"Authorization : Bearer %s", b"Authorization: Bearer %s\x01"]
+    headers = [
+        b"Authorization: Bearer %s",
+        b"Authorization : Bearer %s",
+        b"Authorization: Bearer %s\x01",
+    ]
     headers += [b"Authorization: %s", b"X: 1\r\n Bearer %s"]
 
     answers = [
@@ -1576,7 +2109,9 @@ def test_a_token_that_is_added_works_within_a_second_and_one_that_is_taken_out_n
     assert found == [[200, 401], [200, 200], [401, 200]]
 
 
-def test_tokens_that_are_written_within_one_tick_of_the_clock_are_noticed(start: Start, tmp_path: Path) -> None:
+def test_tokens_that_are_written_within_one_tick_of_the_clock_are_noticed(
+    start: Start, tmp_path: Path
+) -> None:
     """Whoever writes a file in place empties it first, and a request may come in between."""
     file = tmp_path / "tokens"
     file.write_text("old")
@@ -1591,9 +2126,15 @@ def test_tokens_that_are_written_within_one_tick_of_the_clock_are_noticed(start:
     eventually(lambda: (with_token(daemon, "old"), with_token(daemon, "new")) == (401, 200), 2)
 
 
-@pytest.mark.parametrize("harm", [
-    lambda file: file.write_text("\n \t\n"), Path.unlink, lambda file: (file.unlink(), file.mkdir()),
-], ids=["empty", "removed", "a folder"])  # fmt: skip
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda file: file.write_text("\n \t\n"),
+        Path.unlink,
+        lambda file: (file.unlink(), file.mkdir()),
+    ],
+    ids=["empty", "removed", "a folder"],
+)
 def test_renewed_tokens_that_cannot_be_used_leave_the_old_in_force_with_one_warning(
     start: Start, tmp_path: Path, harm: Callable[[Path], object]
 ) -> None:
@@ -1612,18 +2153,30 @@ def test_renewed_tokens_that_cannot_be_used_leave_the_old_in_force_with_one_warn
     assert (with_token(daemon, "old"), with_token(daemon, "new")) == (401, 200)
 
 
-@pytest.mark.parametrize("env", [
-    {"SERVER_TOKEN_PATH": "/no/such/file"}, {"SERVER_TOKEN_PATH": os.devnull}, {"SERVER_TOKEN_PATH": "/"},
-    {"SERVER_CERT_PATH": "/c"}, {"SERVER_KEY_PATH": "/k"}, {"SERVER_CLIENT_CA_PATH": "/ca"},
-    {"SERVER_CERT_PATH": "/no/such/file", "SERVER_KEY_PATH": "/no/such/file"},
-    {"SERVER_CERT_PATH": __file__, "SERVER_KEY_PATH": __file__},
-    {"ETCD_USERNAME": "root"}, {"ETCD_PASSWORD": "secret"}, {"ETCD_PASSWORD": "secret", "ETCD_USERNAME": ""},
-], ids=lambda env: " ".join(env))  # fmt: skip
+@pytest.mark.parametrize(
+    "env",
+    [
+        {"SERVER_TOKEN_PATH": "/no/such/file"},
+        {"SERVER_TOKEN_PATH": os.devnull},
+        {"SERVER_TOKEN_PATH": "/"},
+        {"SERVER_CERT_PATH": "/c"},
+        {"SERVER_KEY_PATH": "/k"},
+        {"SERVER_CLIENT_CA_PATH": "/ca"},
+        {"SERVER_CERT_PATH": "/no/such/file", "SERVER_KEY_PATH": "/no/such/file"},
+        {"SERVER_CERT_PATH": __file__, "SERVER_KEY_PATH": __file__},
+        {"ETCD_USERNAME": "root"},
+        {"ETCD_PASSWORD": "secret"},
+        {"ETCD_PASSWORD": "secret", "ETCD_USERNAME": ""},
+    ],
+    ids=lambda env: " ".join(env),
+)
 def test_settings_of_who_may_ask_that_cannot_be_used_stop_the_start(env: dict[str, str]) -> None:
     ended = run_module(SERVE, **{"STORAGE_TYPE": "mock", "SERVER_PORT": "0", **env})
 
     assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
-    assert any(f"SHARED_LOCK_{name}" in ended.stderr for name in env) and "secret" not in ended.stderr
+    assert (
+        any(f"SHARED_LOCK_{name}" in ended.stderr for name in env) and "secret" not in ended.stderr
+    )
 
 
 # == TLS on the own port =============================================================================================
@@ -1648,7 +2201,9 @@ def tcp(daemon: Daemon, data: bytes = b"") -> socket.socket:
     return sock
 
 
-def test_over_tls_connections_are_kept_and_pipelining_is_answered_in_order(start_tls: Start, key: str) -> None:
+def test_over_tls_connections_are_kept_and_pipelining_is_answered_in_order(
+    start_tls: Start, key: str
+) -> None:
     client = Talk(start_tls(), HEALTH)
     assert client.answer().status == 200
 
@@ -1658,15 +2213,25 @@ def test_over_tls_connections_are_kept_and_pipelining_is_answered_in_order(start
     assert [client.answer().status for _ in range(4)] == [201, 202, 404, 202]
 
 
-@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_1, ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+@pytest.mark.parametrize(
+    "version", [ssl.TLSVersion.TLSv1_1, ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3]
+)
 def test_tls_is_of_version_1_2_or_newer(start_tls: Start, version: ssl.TLSVersion) -> None:
     daemon = start_tls()
     assert daemon.tls
     daemon.tls.set_ciphers("DEFAULT:@SECLEVEL=0")
-    with pytest.warns(DeprecationWarning) if version == ssl.TLSVersion.TLSv1_1 else contextlib.nullcontext():
+    with (
+        pytest.warns(DeprecationWarning)
+        if version == ssl.TLSVersion.TLSv1_1
+        else contextlib.nullcontext()
+    ):
         daemon.tls.minimum_version = daemon.tls.maximum_version = version
 
-    with pytest.raises(ssl.SSLError) if version == ssl.TLSVersion.TLSv1_1 else contextlib.nullcontext():
+    with (
+        pytest.raises(ssl.SSLError)
+        if version == ssl.TLSVersion.TLSv1_1
+        else contextlib.nullcontext()
+    ):
         assert talk(daemon, HEALTH).status == 200
 
 
@@ -1678,12 +2243,16 @@ def test_plain_http_to_a_tls_port_is_closed_with_one_debug_line(start_tls: Start
             assert b"HTTP" not in sock.recv(1000)
 
         port = sock.getsockname()[1]
-        [line] = eventually(lambda: [line for line in daemon.log().splitlines() if f":{port} " in line])
+        [line] = eventually(
+            lambda: [line for line in daemon.log().splitlines() if f":{port} " in line]
+        )
     assert "level=debug" in line
     assert talk(daemon, HEALTH).status == 200
 
 
-def test_a_thousand_connections_that_never_shake_hands_delay_nobody(start_tls: Start, key: str) -> None:
+def test_a_thousand_connections_that_never_shake_hands_delay_nobody(
+    start_tls: Start, key: str
+) -> None:
     daemon = start_tls()
 
     with contextlib.ExitStack() as stack:
@@ -1749,7 +2318,9 @@ def test_where_callers_need_a_certificate_only_ours_are_served(
     daemon.tls.maximum_version = version
 
     with (
-        contextlib.nullcontext() if whose == "good" else pytest.raises((ssl.SSLError, ConnectionError, AssertionError))
+        contextlib.nullcontext()
+        if whose == "good"
+        else pytest.raises((ssl.SSLError, ConnectionError, AssertionError))
     ):
         assert talk(daemon, HEALTH).status == 200
     daemon.tls = pki.caller("good")
@@ -1757,7 +2328,9 @@ def test_where_callers_need_a_certificate_only_ours_are_served(
     assert "callers_need=certificate" in daemon.log() and "tls=yes" in daemon.log()
 
 
-def test_a_stop_over_tls_closes_the_silent_and_answers_all_others(start_tls: Start, key: str) -> None:
+def test_a_stop_over_tls_closes_the_silent_and_answers_all_others(
+    start_tls: Start, key: str
+) -> None:
     daemon = start_tls(SERVER_SHUTDOWN_TIMEOUT="30s", SERVER_READ_TIMEOUT="60s")
     silent, late = ([Talk(daemon, HEALTH) for _ in range(5)] for _ in range(2))
     assert {client.answer().status for client in (*silent, *late)} == {200}
@@ -1774,9 +2347,9 @@ def test_a_stop_over_tls_closes_the_silent_and_answers_all_others(start_tls: Sta
     half.say(b"\r\n")
     answers = [client.answer() for client in (*late, half, *waiting)]
 
-    assert [(answer.status, answer.headers["connection"]) for answer in answers] == [(200, "close")] * 6 + [
-        (202, "close")
-    ] * 5
+    assert [(answer.status, answer.headers["connection"]) for answer in answers] == [
+        (200, "close")
+    ] * 6 + [(202, "close")] * 5
     assert [client.rest() for client in silent] == [b""] * 5
     for sock in unshaken:
         with contextlib.suppress(ConnectionResetError):
@@ -1786,7 +2359,9 @@ def test_a_stop_over_tls_closes_the_silent_and_answers_all_others(start_tls: Sta
     assert time.monotonic() - began < 10
 
 
-def test_a_waiter_that_ended_its_half_over_tls_never_gets_the_lock(start_tls: Start, key: str) -> None:
+def test_a_waiter_that_ended_its_half_over_tls_never_gets_the_lock(
+    start_tls: Start, key: str
+) -> None:
     daemon = start_tls(DEBUG="true")
     lease = talk(daemon, post(lock_body(key))).body
     waiter = Talk(daemon, post(lock_body(key), b"x-lease-wait: 50s"))
@@ -1795,7 +2370,12 @@ def test_a_waiter_that_ended_its_half_over_tls_never_gets_the_lock(start_tls: St
     socket.socket.shutdown(waiter.sock, socket.SHUT_WR)
 
     eventually(lambda: f'connection lost" client=127.0.0.1:{waiter.port}' in daemon.log())
-    assert talk(daemon, get("/lease", b"Content-Length: %d" % len(lease), method="DELETE") + lease).status == 200
+    assert (
+        talk(
+            daemon, get("/lease", b"Content-Length: %d" % len(lease), method="DELETE") + lease
+        ).status
+        == 200
+    )
     assert talk(daemon, post(lock_body(key))).status == 201
 
 
@@ -1817,11 +2397,19 @@ def test_over_tls_a_client_that_never_reads_is_cut_at_the_write_timeout(start_tl
 # == API: paths, methods, bodies =====================================================================================
 
 
-@pytest.mark.parametrize("path, allowed", [
-    ("/lease", {"POST", "DELETE", "GET", "HEAD"}), ("/keepalive", {"POST"}), ("/health", {"GET", "HEAD"}),
-    ("/ready", {"GET", "HEAD"}), ("/metrics", {"GET", "HEAD"}),
-])  # fmt: skip
-def test_a_known_path_with_another_method_is_405_with_allow(on_memory: Daemon, path: str, allowed: set[str]) -> None:
+@pytest.mark.parametrize(
+    "path, allowed",
+    [
+        ("/lease", {"POST", "DELETE", "GET", "HEAD"}),
+        ("/keepalive", {"POST"}),
+        ("/health", {"GET", "HEAD"}),
+        ("/ready", {"GET", "HEAD"}),
+        ("/metrics", {"GET", "HEAD"}),
+    ],
+)
+def test_a_known_path_with_another_method_is_405_with_allow(
+    on_memory: Daemon, path: str, allowed: set[str]
+) -> None:
     methods = {"POST", "DELETE", "GET", "HEAD", "PUT", "PATCH", "OPTIONS", "get", "X-Y"}
 
     refusals = {method: on_memory.request(method, path, "{}") for method in methods - allowed}
@@ -1833,7 +2421,17 @@ def test_a_known_path_with_another_method_is_405_with_allow(on_memory: Daemon, p
 
 @pytest.mark.parametrize(
     "path",
-    ["/", "/leas", "/lease/", "/Lease", "*", "/debug/pprof/", "/debug/pprof/heap", "/%0a", "/debug/pprof/profile"],
+    [
+        "/",
+        "/leas",
+        "/lease/",
+        "/Lease",
+        "*",
+        "/debug/pprof/",
+        "/debug/pprof/heap",
+        "/%0a",
+        "/debug/pprof/profile",
+    ],
 )
 def test_any_other_path_is_404_and_shown(on_memory: Daemon, path: str) -> None:
     answer = on_memory.request("GET", path)
@@ -1842,7 +2440,9 @@ def test_any_other_path_is_404_and_shown(on_memory: Daemon, path: str) -> None:
     one_line(answer, f'"{path}"')
 
 
-@pytest.mark.parametrize("target", ["/health?a=b", "http://lock.example/health", "HTTPS://h:1/health?x", "/health#top"])
+@pytest.mark.parametrize(
+    "target", ["/health?a=b", "http://lock.example/health", "HTTPS://h:1/health?x", "/health#top"]
+)
 def test_queries_and_absolute_targets_lead_to_the_path(on_memory: Daemon, target: str) -> None:
     answer = on_memory.request("GET", target)
 
@@ -1851,7 +2451,16 @@ def test_queries_and_absolute_targets_lead_to_the_path(on_memory: Daemon, target
 
 @pytest.mark.parametrize(
     "path",
-    ["/health", "/ready", "/lease?key=", "/lease?key=free", "/lease?prefix=no", "/lease", "/nowhere", "/lease?prefix="],
+    [
+        "/health",
+        "/ready",
+        "/lease?key=",
+        "/lease?key=free",
+        "/lease?prefix=no",
+        "/lease",
+        "/nowhere",
+        "/lease?prefix=",
+    ],
 )
 def test_head_is_get_without_the_body(daemon: Daemon, key: str, path: str) -> None:
     path = path if path[-1] != "=" else path + key
@@ -1866,7 +2475,9 @@ def test_head_is_get_without_the_body(daemon: Daemon, key: str, path: str) -> No
 
 
 def test_the_connection_is_kept_after_errors_of_the_application(daemon: Daemon) -> None:
-    client = Talk(daemon, post(b"no json") + post(b"{}", path="/keepalive") + get("/lease", method="PUT"))
+    client = Talk(
+        daemon, post(b"no json") + post(b"{}", path="/keepalive") + get("/lease", method="PUT")
+    )
 
     client.say(post(b"[]", path="/x") + HEALTH)
     answers = [client.answer() for _ in range(5)]
@@ -1876,7 +2487,9 @@ def test_the_connection_is_kept_after_errors_of_the_application(daemon: Daemon) 
 
 
 def test_a_defect_of_ours_is_answered_and_logged_in_a_line(start: Start) -> None:
-    broken = "import shared_lock as it; it.MemoryStorage.acquire = lambda *_: 1 // 0; it.main(['serve'])"
+    broken = (
+        "import shared_lock as it; it.MemoryStorage.acquire = lambda *_: 1 // 0; it.main(['serve'])"
+    )
     daemon = start("mock", command=["env", f"PYTHONPATH={HERE}", PYTHON, "-c", broken])
 
     answer = daemon.acquire("k")
@@ -1886,13 +2499,23 @@ def test_a_defect_of_ours_is_answered_and_logged_in_a_line(start: Start) -> None
     assert 'level=error event="internal error" path=/lease' in line and "ZeroDivisionError" in line
 
 
-@pytest.mark.parametrize("text", [
-    '{"key": @}', '{"key": @, "value": "v", "labels": {"a": "b"}, "timestamp": "2026-11-23T03:21:00Z"}',
-    '{"key": @, "labels": [5], "timestamp": {}}', '{"key": @, "labels": "a", "timestamp": 5, "value": null}',
-    ' \r\n\t{"key":@}\n', '{"key": @, "other": [1, {"a": null}], "Lease": 1.5}',
-    '{"key": @, "huge": %s}' % ("9" * 5000), '{"key": @, "value": "\\ud83d\\udd12"}',
-    '{"Key": @, "VALUE": "v"}', '{"KEY": "other", "kEy": @}', '{"key": "other", "Key": @}', '{"\u212aey": @}',
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"key": @}',
+        '{"key": @, "value": "v", "labels": {"a": "b"}, "timestamp": "2026-11-23T03:21:00Z"}',
+        '{"key": @, "labels": [5], "timestamp": {}}',
+        '{"key": @, "labels": "a", "timestamp": 5, "value": null}',
+        ' \r\n\t{"key":@}\n',
+        '{"key": @, "other": [1, {"a": null}], "Lease": 1.5}',
+        '{"key": @, "huge": %s}' % ("9" * 5000),
+        '{"key": @, "value": "\\ud83d\\udd12"}',
+        '{"Key": @, "VALUE": "v"}',
+        '{"KEY": "other", "kEy": @}',
+        '{"key": "other", "Key": @}',
+        '{"\u212aey": @}',
+    ],
+)
 def test_a_json_object_with_a_key_asks_for_a_lock(daemon: Daemon, key: str, text: str) -> None:
     answer = daemon.request("POST", "/lease", text.replace("@", json.dumps(key)).encode())
 
@@ -1900,17 +2523,45 @@ def test_a_json_object_with_a_key_asks_for_a_lock(daemon: Daemon, key: str, text
     assert daemon.token(key) == answer.token
 
 
-@pytest.mark.parametrize("body, shown", [
-    ("", "body"), (" ", "body"), ("nope", '"nope"'), ("{", '"{"'), ('{"key": "k"} x', "body"), ("{'key': 'k'}", "body"),
-    ('{"key": "k",}', "body"), ('{"key": "a\nb"}', "body"), ('{"key": "k", "x": NaN}', "body"),
-    (b'{"key": "\xff"}', "body"), (b'{"key": "\xed\xa0\x80"}', "body"), ("[" * 60_000, "body"), ("null", "null"),
-    ("[]", "[]"), ("4711", "4711"), ('"k"', "k"), ("{}", "key"), ('{"key": ""}', '""'), ('{"k\u0435y": "k"}', "key"),
-    ('{"key": null}', "key"), ('{"key": 5}', "key: not a string: "), ('{"key": true}', "true"), ('{"Key": 5}', "key"),
-    ('{"key": ["k"]}', "key"), ('{"key": %s}' % ("9" * 5000), "key"), ('{"key": "\\ud800"}', "ud800"),
-    ('{"key": "a\\udc00\\ud800b"}', "key"), ('{"key": "k", "value": 5}', "value"), ('{"key": "k", "Key": ""}', "key"),
-    ('{"key": "k", "value": {}}', "value"), ('{"key": "k", "value": "\\udfff"}', "value"),
-    ('{"key": "k", "ttl": 60}', "x-lease-ttl"), ('{"key": "k", "TTL": "60s"}', "x-lease-ttl"),
-], ids=lambda value: ascii(value)[:50])  # fmt: skip
+@pytest.mark.parametrize(
+    "body, shown",
+    [
+        ("", "body"),
+        (" ", "body"),
+        ("nope", '"nope"'),
+        ("{", '"{"'),
+        ('{"key": "k"} x', "body"),
+        ("{'key': 'k'}", "body"),
+        ('{"key": "k",}', "body"),
+        ('{"key": "a\nb"}', "body"),
+        ('{"key": "k", "x": NaN}', "body"),
+        (b'{"key": "\xff"}', "body"),
+        (b'{"key": "\xed\xa0\x80"}', "body"),
+        ("[" * 60_000, "body"),
+        ("null", "null"),
+        ("[]", "[]"),
+        ("4711", "4711"),
+        ('"k"', "k"),
+        ("{}", "key"),
+        ('{"key": ""}', '""'),
+        ('{"k\u0435y": "k"}', "key"),
+        ('{"key": null}', "key"),
+        ('{"key": 5}', "key: not a string: "),
+        ('{"key": true}', "true"),
+        ('{"Key": 5}', "key"),
+        ('{"key": ["k"]}', "key"),
+        ('{"key": %s}' % ("9" * 5000), "key"),
+        ('{"key": "\\ud800"}', "ud800"),
+        ('{"key": "a\\udc00\\ud800b"}', "key"),
+        ('{"key": "k", "value": 5}', "value"),
+        ('{"key": "k", "Key": ""}', "key"),
+        ('{"key": "k", "value": {}}', "value"),
+        ('{"key": "k", "value": "\\udfff"}', "value"),
+        ('{"key": "k", "ttl": 60}', "x-lease-ttl"),
+        ('{"key": "k", "TTL": "60s"}', "x-lease-ttl"),
+    ],
+    ids=lambda value: ascii(value)[:50],
+)
 def test_any_other_body_is_400_and_says_why(daemon: Daemon, body: str | bytes, shown: str) -> None:
     answer = daemon.request("POST", "/lease", body.encode() if isinstance(body, str) else body)
 
@@ -1918,11 +2569,19 @@ def test_any_other_body_is_400_and_says_why(daemon: Daemon, body: str | bytes, s
     one_line(answer, shown)
 
 
-@pytest.mark.parametrize("form, statuses", [
-    ("%s", {400}), ('{"key": %s}', {400}), ('{"key": "k", "value": %s}', {400}), ('{"key": "k", "ttl": %s}', {400}),
-    ('{"key": "k", "labels": %s}', {201, 202, 400}),
-])  # fmt: skip
-def test_nesting_of_any_depth_is_ignored_or_400(on_memory: Daemon, form: str, statuses: set[int]) -> None:
+@pytest.mark.parametrize(
+    "form, statuses",
+    [
+        ("%s", {400}),
+        ('{"key": %s}', {400}),
+        ('{"key": "k", "value": %s}', {400}),
+        ('{"key": "k", "ttl": %s}', {400}),
+        ('{"key": "k", "labels": %s}', {201, 202, 400}),
+    ],
+)
+def test_nesting_of_any_depth_is_ignored_or_400(
+    on_memory: Daemon, form: str, statuses: set[int]
+) -> None:
     client = Talk(on_memory)
 
     for depth in [*range(100, 1100), 3000, 30_000]:
@@ -1931,12 +2590,23 @@ def test_nesting_of_any_depth_is_ignored_or_400(on_memory: Daemon, form: str, st
         assert answer.status in statuses, (depth, answer.text)
 
 
-@pytest.mark.parametrize("text, value", [
-    ('{"KEY": @, "VALUE": "v"}', "v"), ('{"Key": @, "Value": "v"}', "v"), ('{"key": @, "valu\u0435": "v"}', ""),
-    ('{"key": @, "value": "a", "vaLue": "b"}', "b"), ('{"Value": "a", "value": "b", "kEY": @}', "b"),
-    ('{"key": @, "labels": {"Value": "x"}, "Labels": [["value"]], "timestamp": {"key": "x"}}', ""),
-])  # fmt: skip
-def test_the_value_is_found_whatever_the_case_of_its_name(daemon: Daemon, key: str, text: str, value: str) -> None:
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ('{"KEY": @, "VALUE": "v"}', "v"),
+        ('{"Key": @, "Value": "v"}', "v"),
+        ('{"key": @, "valu\u0435": "v"}', ""),
+        ('{"key": @, "value": "a", "vaLue": "b"}', "b"),
+        ('{"Value": "a", "value": "b", "kEY": @}', "b"),
+        (
+            '{"key": @, "labels": {"Value": "x"}, "Labels": [["value"]], "timestamp": {"key": "x"}}',
+            "",
+        ),
+    ],
+)
+def test_the_value_is_found_whatever_the_case_of_its_name(
+    daemon: Daemon, key: str, text: str, value: str
+) -> None:
     answer = daemon.request("POST", "/lease", text.replace("@", json.dumps(key)).encode())
 
     assert answer.status == 201
@@ -1953,7 +2623,9 @@ def test_a_ttl_in_the_body_is_refused_and_names_the_header(daemon: Daemon, key: 
     assert daemon.look(key).status == 404
 
 
-@pytest.mark.parametrize("name", ["x-lease-tll", "X-Lease-Timeout", "x-lease-", "x-lease-id2", "X-LEASE-TTL-MS"])
+@pytest.mark.parametrize(
+    "name", ["x-lease-tll", "X-Lease-Timeout", "x-lease-", "x-lease-id2", "X-LEASE-TTL-MS"]
+)
 def test_an_unknown_header_that_looks_like_ours_is_refused_and_the_known_are_listed(
     daemon: Daemon, key: str, name: str
 ) -> None:
@@ -1964,7 +2636,9 @@ def test_an_unknown_header_that_looks_like_ours_is_refused_and_the_known_are_lis
     assert daemon.look(key).status == 404
 
 
-@pytest.mark.parametrize("query, status", [("?ttl=60s", 400), ("?x", 400), ("?key=other", 400), ("?", 201)])
+@pytest.mark.parametrize(
+    "query, status", [("?ttl=60s", 400), ("?x", 400), ("?key=other", 400), ("?", 201)]
+)
 def test_a_query_when_asking_for_a_lock_is_refused_and_names_the_headers(
     daemon: Daemon, key: str, query: str, status: int
 ) -> None:
@@ -1972,11 +2646,15 @@ def test_a_query_when_asking_for_a_lock_is_refused_and_names_the_headers(
 
     assert (answer.status, daemon.look(key).status) == (status, 200 if status == 201 else 404)
     assert status == 201 or f'"{query[1:]}"' in answer.text
-    assert status == 201 or all(name in answer.text for name in ("x-lease-ttl", "x-lease-wait", "x-lease-id"))
+    assert status == 201 or all(
+        name in answer.text for name in ("x-lease-ttl", "x-lease-wait", "x-lease-id")
+    )
 
 
 @pytest.mark.parametrize("more", [{}, {"x-lease-wait": "100ms"}, {"x-lease-id": "4711"}])
-def test_if_none_match_makes_the_refusal_a_failure(daemon: Daemon, key: str, more: dict[str, str]) -> None:
+def test_if_none_match_makes_the_refusal_a_failure(
+    daemon: Daemon, key: str, more: dict[str, str]
+) -> None:
     first = daemon.acquire(key, **{"If-None-Match": "*"})
 
     refusal = daemon.acquire(key, **{"If-None-Match": "*", **more})
@@ -1991,7 +2669,9 @@ LEASE_ENDPOINTS = [("POST", "/keepalive"), ("DELETE", "/lease")]
 
 
 @pytest.mark.parametrize("method, path", LEASE_ENDPOINTS)
-def test_if_match_makes_a_lease_that_is_gone_a_failure(daemon: Daemon, key: str, method: str, path: str) -> None:
+def test_if_match_makes_a_lease_that_is_gone_a_failure(
+    daemon: Daemon, key: str, method: str, path: str
+) -> None:
     lease = daemon.acquire(key).text
 
     well = daemon.request(method, path, lease, {"If-Match": "*"})
@@ -2003,11 +2683,15 @@ def test_if_match_makes_a_lease_that_is_gone_a_failure(daemon: Daemon, key: str,
 
 
 @pytest.mark.parametrize("given", ["", '"*"', "**", "W/*", "*, *", '"abc"'])
-def test_a_precondition_that_is_not_a_star_is_refused_and_nothing_is_done(daemon: Daemon, key: str, given: str) -> None:
+def test_a_precondition_that_is_not_a_star_is_refused_and_nothing_is_done(
+    daemon: Daemon, key: str, given: str
+) -> None:
     lease = daemon.acquire(key).text
 
     refusals = [daemon.acquire(key + " free", **{"If-None-Match": given})]
-    refusals += [daemon.request(method, path, lease, {"If-Match": given}) for method, path in LEASE_ENDPOINTS]
+    refusals += [
+        daemon.request(method, path, lease, {"If-Match": given}) for method, path in LEASE_ENDPOINTS
+    ]
 
     assert [refusal.status for refusal in refusals] == [400] * 3
     for name, refusal in zip(("if-none-match", "if-match", "if-match"), refusals, strict=True):
@@ -2022,7 +2706,10 @@ def test_a_precondition_that_would_be_ignored_is_refused_and_the_right_one_named
     lease = daemon.acquire(key).text
 
     refusals = [daemon.acquire(key + " free", **{"If-Match": given})]
-    refusals += [daemon.request(method, path, lease, {"If-None-Match": given}) for method, path in LEASE_ENDPOINTS]
+    refusals += [
+        daemon.request(method, path, lease, {"If-None-Match": given})
+        for method, path in LEASE_ENDPOINTS
+    ]
 
     assert [refusal.status for refusal in refusals] == [400] * 3
     for refusal in refusals:
@@ -2038,9 +2725,13 @@ def sh_script(daemon: Daemon, key: str, folder: Path) -> str:
     return f"lease=$({post_lock}) || exit; trap '{release}' EXIT; {work}"
 
 
-def test_of_five_natural_scripts_at_once_one_runs_and_keeps_its_lock(daemon: Daemon, tmp_path: Path) -> None:
+def test_of_five_natural_scripts_at_once_one_runs_and_keeps_its_lock(
+    daemon: Daemon, tmp_path: Path
+) -> None:
     script = sh_script(daemon, str(tmp_path), tmp_path)
-    copies = [subprocess.Popen(["sh", "-c", script], stdout=subprocess.PIPE, text=True) for _ in range(5)]
+    copies = [
+        subprocess.Popen(["sh", "-c", script], stdout=subprocess.PIPE, text=True) for _ in range(5)
+    ]
 
     eventually(lambda: sum(copy.poll() is not None for copy in copies) == 4)
     refused = {copy.returncode for copy in copies} - {None}
@@ -2053,31 +2744,90 @@ def test_of_five_natural_scripts_at_once_one_runs_and_keeps_its_lock(daemon: Dae
     assert daemon.acquire(str(tmp_path)).token > token
 
 
-@pytest.mark.parametrize("form", ["%d", " \t\r\n%d\n", '"%d"', '{"id": %d}', '{"id": "%d"}', ' {"x": [], "ID":%d} '])
+@pytest.mark.parametrize(
+    "form", ["%d", " \t\r\n%d\n", '"%d"', '{"id": %d}', '{"id": "%d"}', ' {"x": [], "ID":%d} ']
+)
 def test_a_lease_id_is_taken_in_every_form(daemon: Daemon, key: str, form: str) -> None:
     lease = int(daemon.acquire(key, "50s").text)
 
-    answers = daemon.keep_alive(form % lease), daemon.release(form % lease), daemon.release(form % lease)
+    answers = (
+        daemon.keep_alive(form % lease),
+        daemon.release(form % lease),
+        daemon.release(form % lease),
+    )
 
     assert [answer.status for answer in answers] == [200, 200, 204]
     assert answers[0].headers["x-lease-ttl"] == "50s"
 
 
-@pytest.mark.parametrize("body, status", [
-    *((text, 204) for text in [
-        "0", "1", "-1", "9223372036854775807", "-9223372036854775808", '"-9223372036854775808"', '{"id": 7}'
-    ]),
-    *((text, 400) for text in [
-        "", " ", "x", "007", "+5", "5 5", '"5', "{", "0x5", "-", "5,", "NaN", "Infinity", "-Infinity", "[" * 60_000
-    ]),
-    *((text, 500) for text in [
-        "9223372036854775808", "-9223372036854775809", "9" * 30, "9" * 6000, '"9223372036854775808"', "5.0", "5e3",
-        "true", "null", "[]", "[5]", "{}", '{"id": null}', '{"id": false}', '{"id": {"id": 5}}', '{"lease": 5}', '""',
-        '"x"', '"5.0"', '"٣"', '"0x5"'
-    ]),
-], ids=lambda value: ascii(value)[:40])  # fmt: skip
+@pytest.mark.parametrize(
+    "body, status",
+    [
+        *(
+            (text, 204)
+            for text in [
+                "0",
+                "1",
+                "-1",
+                "9223372036854775807",
+                "-9223372036854775808",
+                '"-9223372036854775808"',
+                '{"id": 7}',
+            ]
+        ),
+        *(
+            (text, 400)
+            for text in [
+                "",
+                " ",
+                "x",
+                "007",
+                "+5",
+                "5 5",
+                '"5',
+                "{",
+                "0x5",
+                "-",
+                "5,",
+                "NaN",
+                "Infinity",
+                "-Infinity",
+                "[" * 60_000,
+            ]
+        ),
+        *(
+            (text, 500)
+            for text in [
+                "9223372036854775808",
+                "-9223372036854775809",
+                "9" * 30,
+                "9" * 6000,
+                '"9223372036854775808"',
+                "5.0",
+                "5e3",
+                "true",
+                "null",
+                "[]",
+                "[5]",
+                "{}",
+                '{"id": null}',
+                '{"id": false}',
+                '{"id": {"id": 5}}',
+                '{"lease": 5}',
+                '""',
+                '"x"',
+                '"5.0"',
+                '"٣"',
+                '"0x5"',
+            ]
+        ),
+    ],
+    ids=lambda value: ascii(value)[:40],
+)
 @pytest.mark.parametrize("method, path", [("POST", "/keepalive"), ("DELETE", "/lease")])
-def test_what_is_no_living_lease_is_told_so(daemon: Daemon, method: str, path: str, body: str, status: int) -> None:
+def test_what_is_no_living_lease_is_told_so(
+    daemon: Daemon, method: str, path: str, body: str, status: int
+) -> None:
     answer = daemon.request(method, path, body.encode())
 
     assert answer.status == status
@@ -2109,7 +2859,9 @@ def test_a_refusal_never_tells_the_lease_of_the_holder(daemon: Daemon, key: str)
     assert lease not in str(refusal.headers)
 
 
-def test_a_refused_script_that_cleans_up_after_itself_frees_nobodys_lock(daemon: Daemon, key: str) -> None:
+def test_a_refused_script_that_cleans_up_after_itself_frees_nobodys_lock(
+    daemon: Daemon, key: str
+) -> None:
     holder = daemon.acquire(key)
     refused = daemon.acquire(key)
 
@@ -2119,17 +2871,39 @@ def test_a_refused_script_that_cleans_up_after_itself_frees_nobodys_lock(daemon:
     assert (daemon.token(key), daemon.keep_alive(holder.text).status) == (holder.token, 200)
 
 
-def test_the_key_stands_in_etcd_as_the_go_service_writes_it(on_etcd: Daemon, etcd: Etcd, key: str) -> None:
+def test_the_key_stands_in_etcd_as_the_go_service_writes_it(
+    on_etcd: Daemon, etcd: Etcd, key: str
+) -> None:
     answer = on_etcd.acquire(key, value="von Ä bis 🔒")
 
     value = "von Ä bis 🔒".encode()
-    assert etcd.key(key) == {"create_revision": answer.token, "lease": int(answer.text), "value": value}
+    assert etcd.key(key) == {
+        "create_revision": answer.token,
+        "lease": int(answer.text),
+        "value": value,
+    }
 
 
-@pytest.mark.parametrize("name", [
-    "ключ", "🔒", " ", "\n\r\t", "\0", "../x//y", "\"'\\te\n", "%2F+&=#?", "100%", "a b&c=d#e", "\u2028\x85",
-    "\U0010ffff\ufffe", "x" * 10_000, "/shared-lock/",
-], ids=ascii)  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ключ",
+        "🔒",
+        " ",
+        "\n\r\t",
+        "\0",
+        "../x//y",
+        "\"'\\te\n",
+        "%2F+&=#?",
+        "100%",
+        "a b&c=d#e",
+        "\u2028\x85",
+        "\U0010ffff\ufffe",
+        "x" * 10_000,
+        "/shared-lock/",
+    ],
+    ids=ascii,
+)
 def test_any_unicode_text_is_a_key(daemon: Daemon, key: str, name: str) -> None:
     mine = key + name
 
@@ -2176,12 +2950,22 @@ def test_the_ttl_in_the_answer_is_the_granted_one(daemon: Daemon, key: str) -> N
 def test_a_release_frees_the_lock_at_once_and_only_once(daemon: Daemon, key: str) -> None:
     lease = daemon.acquire(key).text
 
-    assert (daemon.release(lease).status, daemon.look(key).status, daemon.acquire(key).status) == (200, 404, 201)
+    assert (daemon.release(lease).status, daemon.look(key).status, daemon.acquire(key).status) == (
+        200,
+        404,
+        201,
+    )
 
-    assert (daemon.release(lease).status, daemon.keep_alive(lease).status, daemon.look(key).status) == (204, 204, 200)
+    assert (
+        daemon.release(lease).status,
+        daemon.keep_alive(lease).status,
+        daemon.look(key).status,
+    ) == (204, 204, 200)
 
 
-def test_the_fencing_token_is_constant_while_held_and_larger_for_the_next(daemon: Daemon, key: str) -> None:
+def test_the_fencing_token_is_constant_while_held_and_larger_for_the_next(
+    daemon: Daemon, key: str
+) -> None:
     first = daemon.acquire(key)
     daemon.keep_alive(first.text)
     daemon.acquire(key)
@@ -2201,12 +2985,18 @@ def test_of_many_racing_clients_only_one_a_key_gets_a_lease(
 ) -> None:
     daemon = start("mock" if storage == "mock" else own_etcd.url, ETCD_TIMEOUT="20s")
 
-    answers = [answer for _, answer in together(150, lambda number: daemon.acquire(f"{key} {number % 40}"))]
+    answers = [
+        answer for _, answer in together(150, lambda number: daemon.acquire(f"{key} {number % 40}"))
+    ]
 
     granted = [answer for answer in answers if answer.status == 201]
     assert collections.Counter(answer.status for answer in answers) == {201: 40, 202: 110}
-    assert {daemon.token(f"{key} {number}") for number in range(40)} == {answer.token for answer in granted}
-    assert own_etcd.leases() == ({int(answer.text) for answer in granted} if storage == "etcd" else set())
+    assert {daemon.token(f"{key} {number}") for number in range(40)} == {
+        answer.token for answer in granted
+    }
+    assert own_etcd.leases() == (
+        {int(answer.text) for answer in granted} if storage == "etcd" else set()
+    )
 
 
 def test_a_key_without_a_lease_counts_as_held(on_etcd: Daemon, etcd: Etcd, key: str) -> None:
@@ -2220,11 +3010,16 @@ def test_a_key_without_a_lease_counts_as_held(on_etcd: Daemon, etcd: Etcd, key: 
     assert seen == {"key": key, "value": "by hand", "ttl": None, "granted_ttl": None}
 
 
-@pytest.mark.parametrize("foreign", [b"/registry/pods/", b"/shared-lock", b"/shared-locks/", b"\xff\x00"])
+@pytest.mark.parametrize(
+    "foreign", [b"/registry/pods/", b"/shared-lock", b"/shared-locks/", b"\xff\x00"]
+)
 def test_a_lease_without_keys_or_with_foreign_ones_is_never_ended(
     on_etcd: Daemon, etcd: Etcd, key: str, foreign: bytes
 ) -> None:
-    mixed, theirs, empty = on_etcd.acquire(key).text, *(etcd.call("/lease/grant", {"TTL": 60})["ID"] for _ in "ab")
+    mixed, theirs, empty = (
+        on_etcd.acquire(key).text,
+        *(etcd.call("/lease/grant", {"TTL": 60})["ID"] for _ in "ab"),
+    )
     for lease in (mixed, theirs):
         etcd.put(foreign + lease.encode(), b"theirs", int(lease))
 
@@ -2242,7 +3037,12 @@ def test_the_holder_of_a_lock_is_shown_without_its_lease(daemon: Daemon, key: st
     assert (answer.status, answer.headers["content-type"]) == (200, "application/json")
     seen = json.loads(answer.text)
     assert seen.pop("ttl") in range(85, 91)
-    assert seen == {"key": key, "value": 'pod "7" of Ä', "granted_ttl": 90, "fencing_token": grant.token}
+    assert seen == {
+        "key": key,
+        "value": 'pod "7" of Ä',
+        "granted_ttl": 90,
+        "fencing_token": grant.token,
+    }
     assert grant.text not in answer.text + str(answer.headers)
 
 
@@ -2254,11 +3054,28 @@ def test_a_key_in_the_query_may_stand_there_as_curl_sends_it(daemon: Daemon, key
     assert (answer.status, json.loads(answer.body)["key"]) == (200, key + "ключ")
 
 
-@pytest.mark.parametrize("query", [
-    "", "?", "?key", "?key=", "?KEY=x", "?lease=1", "?key=%ff", "?key=%ED%A0%80", "?PREFIX=x", "?prefix=%ff",
-    "?prefix=%ED%A0%80", "?key=k&prefix=k", "?prefix=&key=k", "?key=&prefix=k",
-])  # fmt: skip
-def test_to_look_without_a_key_or_a_prefix_that_is_text_is_a_bad_request(daemon: Daemon, query: str) -> None:
+@pytest.mark.parametrize(
+    "query",
+    [
+        "",
+        "?",
+        "?key",
+        "?key=",
+        "?KEY=x",
+        "?lease=1",
+        "?key=%ff",
+        "?key=%ED%A0%80",
+        "?PREFIX=x",
+        "?prefix=%ff",
+        "?prefix=%ED%A0%80",
+        "?key=k&prefix=k",
+        "?prefix=&key=k",
+        "?key=&prefix=k",
+    ],
+)
+def test_to_look_without_a_key_or_a_prefix_that_is_text_is_a_bad_request(
+    daemon: Daemon, query: str
+) -> None:
     answer = daemon.request("GET", "/lease" + query)
 
     assert answer.status == 400
@@ -2282,17 +3099,25 @@ def test_a_prefix_lists_its_locks_sorted_and_without_their_leases(daemon: Daemon
     lines = listed(daemon, f"{key}/")
 
     assert lines == [
-        {"key": name, "value": f"held by {name}\n🔒", "fencing_token": grants[name].token} for name in sorted(names)
+        {"key": name, "value": f"held by {name}\n🔒", "fencing_token": grants[name].token}
+        for name in sorted(names)
     ]
-    assert listed(daemon, f"{key}/a") == [line for line in lines if line["key"].startswith(f"{key}/a")]
+    assert listed(daemon, f"{key}/a") == [
+        line for line in lines if line["key"].startswith(f"{key}/a")
+    ]
     assert listed(daemon, f"{key}/x") == []
 
 
 @pytest.mark.parametrize(
     "end", ["\x7f", "\0", "\n", "ключ", "\u07ff", "\ud7ff", "\uffff", "🔒", "\U0010ffff"], ids=ascii
 )
-def test_any_text_is_a_prefix_and_the_order_is_that_of_unicode(daemon: Daemon, key: str, end: str) -> None:
-    names = [key + end + more for more in ("", "\x7f", "\ud7ff", "\ue000", "\uffff", "\U00010000", "\U0010ffff")]
+def test_any_text_is_a_prefix_and_the_order_is_that_of_unicode(
+    daemon: Daemon, key: str, end: str
+) -> None:
+    names = [
+        key + end + more
+        for more in ("", "\x7f", "\ud7ff", "\ue000", "\uffff", "\U00010000", "\U0010ffff")
+    ]
     for name in (*reversed(names), key + chr(max(0, ord(end[0]) - 1)), key):
         daemon.acquire(name)
 
@@ -2313,7 +3138,13 @@ def test_an_empty_prefix_lists_all_locks_and_nothing_of_other_tenants(
     for name in ("\0", "/shared-lock/k", "🔒", "k"):
         daemon.acquire(name)
 
-    assert [line["key"] for line in listed(daemon, "")] == ["\0", "/shared-lock/k", *by_hand, "k", "🔒"]
+    assert [line["key"] for line in listed(daemon, "")] == [
+        "\0",
+        "/shared-lock/k",
+        *by_hand,
+        "k",
+        "🔒",
+    ]
 
 
 def test_a_list_costs_etcd_one_read(on_etcd: Daemon, start: Start, proxy: Proxy, key: str) -> None:
@@ -2346,7 +3177,9 @@ def test_a_list_ends_after_a_thousand_locks_and_tells_that_there_are_more(
     names = [f"k{number:04}" for number in range(1000)]
     client = Talk(daemon)
     for at in range(0, 1000, 100):
-        client.say(b"".join(post(lock_body(name), b"x-lease-ttl: 1h") for name in names[at : at + 100]))
+        client.say(
+            b"".join(post(lock_body(name), b"x-lease-ttl: 1h") for name in names[at : at + 100])
+        )
         assert {client.answer().status for _ in range(100)} == {201}
 
     exactly = listed(daemon, "k")
@@ -2361,8 +3194,12 @@ def test_a_list_ends_after_a_thousand_locks_and_tells_that_there_are_more(
 # == Asking again: x-lease-id ========================================================================================
 
 
-@pytest.mark.parametrize("text", ["0", "-1", "9223372036854775808", "x", "", "5.0", "+5", "0x5", "5 5", "5, 5", "٣"])
-def test_a_lease_id_that_is_no_positive_int64_is_400_and_shown(daemon: Daemon, key: str, text: str) -> None:
+@pytest.mark.parametrize(
+    "text", ["0", "-1", "9223372036854775808", "x", "", "5.0", "+5", "0x5", "5 5", "5, 5", "٣"]
+)
+def test_a_lease_id_that_is_no_positive_int64_is_400_and_shown(
+    daemon: Daemon, key: str, text: str
+) -> None:
     answer = talk(daemon, post(lock_body(key), f"X-Lease-ID: {text}".encode()))
 
     assert answer.status == 400
@@ -2371,7 +3208,9 @@ def test_a_lease_id_that_is_no_positive_int64_is_400_and_shown(daemon: Daemon, k
 
 
 @pytest.mark.parametrize("text", ["1", "9223372036854775807", "0000000000000004711"])
-def test_the_smallest_and_the_largest_lease_id_are_used(daemon: Daemon, key: str, text: str) -> None:
+def test_the_smallest_and_the_largest_lease_id_are_used(
+    daemon: Daemon, key: str, text: str
+) -> None:
     answers = [acquire_as(daemon, int(text), key), daemon.acquire(key, **{"x-lease-id": text})]
 
     assert [(answer.status, int(answer.text)) for answer in answers] == [(201, int(text))] * 2
@@ -2393,12 +3232,16 @@ def test_the_same_request_again_is_answered_alike_and_starts_the_ttl_again(
     assert (daemon.acquire(key).status, daemon.token(key)) == (202, first.token)
 
 
-def test_another_ttl_the_second_time_leaves_the_first_and_tells_it(daemon: Daemon, key: str, lease_id: int) -> None:
+def test_another_ttl_the_second_time_leaves_the_first_and_tells_it(
+    daemon: Daemon, key: str, lease_id: int
+) -> None:
     first = acquire_as(daemon, lease_id, key, "50s")
 
     others = [acquire_as(daemon, lease_id, key, ttl) for ttl in ("90s", "5s")]
 
-    assert {(answer.status, answer.headers["x-lease-ttl"]) for answer in (first, *others)} == {(201, "50s")}
+    assert {(answer.status, answer.headers["x-lease-ttl"]) for answer in (first, *others)} == {
+        (201, "50s")
+    }
     assert json.loads(daemon.look(key).text)["granted_ttl"] == 50
 
 
@@ -2412,7 +3255,9 @@ def test_another_replica_and_one_after_a_restart_answer_alike(
     other.stop()
     answers.append(acquire_as(start(etcd.url), lease_id, key))
 
-    assert [(answer.status, answer.body, answer.token) for answer in answers] == [(201, first.body, first.token)] * 2
+    assert [(answer.status, answer.body, answer.token) for answer in answers] == [
+        (201, first.body, first.token)
+    ] * 2
     assert etcd.leases() <= before
 
 
@@ -2420,11 +3265,19 @@ def test_another_replica_and_one_after_a_restart_answer_alike(
 @pytest.mark.parametrize("more", [{}, {"x-lease-wait": "5s"}])
 @pytest.mark.parametrize("cache", ["false", "true"])
 def test_of_twenty_copies_at_once_all_get_the_one_lock(
-    own_etcd: Etcd, start: Start, key: str, lease_id: int, storage: str, more: dict[str, str], cache: str
+    own_etcd: Etcd,
+    start: Start,
+    key: str,
+    lease_id: int,
+    storage: str,
+    more: dict[str, str],
+    cache: str,
 ) -> None:
     daemon = start("mock" if storage == "mock" else own_etcd.url, CACHE_ENABLED=cache)
 
-    answers = [answer for _, answer in together(20, lambda _: acquire_as(daemon, lease_id, key, **more))]
+    answers = [
+        answer for _, answer in together(20, lambda _: acquire_as(daemon, lease_id, key, **more))
+    ]
 
     assert {(answer.status, answer.text) for answer in answers} == {(201, str(lease_id))}
     assert {answer.token for answer in answers} == {daemon.token(key)}
@@ -2432,11 +3285,16 @@ def test_of_twenty_copies_at_once_all_get_the_one_lock(
 
 
 @pytest.mark.parametrize("storage", ["mock", "etcd"])
-def test_of_many_that_race_with_ids_of_their_own_one_wins(own_etcd: Etcd, start: Start, key: str, storage: str) -> None:
+def test_of_many_that_race_with_ids_of_their_own_one_wins(
+    own_etcd: Etcd, start: Start, key: str, storage: str
+) -> None:
     daemon = start("mock" if storage == "mock" else own_etcd.url)
     lease_ids = [random.randrange(1, 2**63) for _ in range(20)]
 
-    answers = [answer for _, answer in together(20, lambda number: acquire_as(daemon, lease_ids[number], key))]
+    answers = [
+        answer
+        for _, answer in together(20, lambda number: acquire_as(daemon, lease_ids[number], key))
+    ]
 
     [winner] = [answer for answer in answers if answer.status == 201]
     assert {answer.text for answer in answers if answer.status == 202} == {"0"}
@@ -2446,7 +3304,14 @@ def test_of_many_that_race_with_ids_of_their_own_one_wins(own_etcd: Etcd, start:
 
 @pytest.mark.parametrize("made_before", [False, True])
 def test_a_loser_leaves_the_lease_that_its_caller_chose_and_asks_again_with_it(
-    on_etcd: Daemon, etcd: Etcd, proxy: Proxy, start: Start, key: str, lease_id: int, pool: Pool, made_before: bool
+    on_etcd: Daemon,
+    etcd: Etcd,
+    proxy: Proxy,
+    start: Start,
+    key: str,
+    lease_id: int,
+    pool: Pool,
+    made_before: bool,
 ) -> None:
     daemon = start(proxy.url)
     if made_before:
@@ -2488,7 +3353,9 @@ def test_with_a_wait_each_copy_gets_the_lock_when_it_is_released(
     daemon: Daemon, key: str, lease_id: int, pool: Pool
 ) -> None:
     holder = daemon.acquire(key)
-    copies = [pool.submit(acquire_as, daemon, lease_id, key, **{"x-lease-wait": "50s"}) for _ in range(3)]
+    copies = [
+        pool.submit(acquire_as, daemon, lease_id, key, **{"x-lease-wait": "50s"}) for _ in range(3)
+    ]
     assert not wait_for_any(copies, 0.5, FIRST_COMPLETED).done
 
     daemon.release(holder.text)
@@ -2501,7 +3368,13 @@ def test_with_a_wait_each_copy_gets_the_lock_when_it_is_released(
 @pytest.mark.parametrize("storage", ["mock", "etcd"])
 @pytest.mark.parametrize("taken_here", [True, False])
 def test_the_cache_never_refuses_a_caller_its_own_lock(
-    on_etcd: Daemon, etcd: Etcd, start: Start, key: str, lease_id: int, storage: str, taken_here: bool
+    on_etcd: Daemon,
+    etcd: Etcd,
+    start: Start,
+    key: str,
+    lease_id: int,
+    storage: str,
+    taken_here: bool,
 ) -> None:
     cached = start("mock" if storage == "mock" else etcd.url, CACHE_ENABLED="true")
     first = acquire_as(on_etcd if storage == "etcd" and not taken_here else cached, lease_id, key)
@@ -2516,13 +3389,17 @@ def test_the_cache_never_refuses_a_caller_its_own_lock(
     assert cached.acquire(key).status == 201
 
 
-def test_a_precondition_never_refuses_a_caller_its_own_lock(daemon: Daemon, key: str, lease_id: int) -> None:
+def test_a_precondition_never_refuses_a_caller_its_own_lock(
+    daemon: Daemon, key: str, lease_id: int
+) -> None:
     first, again = (acquire_as(daemon, lease_id, key, **{"If-None-Match": "*"}) for _ in "ab")
 
     assert (first.status, again.status, again.token) == (201, 201, first.token)
 
 
-def test_after_its_release_or_its_end_an_id_takes_the_lock_anew(daemon: Daemon, key: str, lease_id: int) -> None:
+def test_after_its_release_or_its_end_an_id_takes_the_lock_anew(
+    daemon: Daemon, key: str, lease_id: int
+) -> None:
     first = acquire_as(daemon, lease_id, key)
     daemon.release(first.text)
 
@@ -2534,18 +3411,26 @@ def test_after_its_release_or_its_end_an_id_takes_the_lock_anew(daemon: Daemon, 
     assert first.token < second.token < third.token == daemon.token(key)
 
 
-def test_a_lease_without_a_key_is_used(on_etcd: Daemon, etcd: Etcd, key: str, lease_id: int) -> None:
+def test_a_lease_without_a_key_is_used(
+    on_etcd: Daemon, etcd: Etcd, key: str, lease_id: int
+) -> None:
     etcd.call("/lease/grant", {"ID": lease_id, "TTL": 70})
     before = etcd.leases()
 
     answer = acquire_as(on_etcd, lease_id, key, "60s")
 
-    assert (answer.status, answer.text, answer.headers["x-lease-ttl"]) == (201, str(lease_id), "70s")
+    assert (answer.status, answer.text, answer.headers["x-lease-ttl"]) == (
+        201,
+        str(lease_id),
+        "70s",
+    )
     assert etcd.key(key) == {"create_revision": answer.token, "lease": lease_id, "value": b""}
     assert etcd.leases() <= before
 
 
-def test_a_lease_that_holds_another_lock_is_409_and_untouched(daemon: Daemon, key: str, lease_id: int) -> None:
+def test_a_lease_that_holds_another_lock_is_409_and_untouched(
+    daemon: Daemon, key: str, lease_id: int
+) -> None:
     first = acquire_as(daemon, lease_id, key + " first")
 
     answer = acquire_as(daemon, lease_id, key)
@@ -2557,7 +3442,9 @@ def test_a_lease_that_holds_another_lock_is_409_and_untouched(daemon: Daemon, ke
     assert acquire_as(daemon, lease_id, key + " first").token == first.token
 
 
-@pytest.mark.parametrize("foreign", [b"/registry/pods/", b"/shared-lock", b"/shared-locks/", b"\xff\x00"])
+@pytest.mark.parametrize(
+    "foreign", [b"/registry/pods/", b"/shared-lock", b"/shared-locks/", b"\xff\x00"]
+)
 def test_a_lease_of_another_tenant_is_409_and_untouched(
     on_etcd: Daemon, etcd: Etcd, key: str, lease_id: int, foreign: bytes
 ) -> None:
@@ -2576,7 +3463,9 @@ def test_a_lease_of_another_tenant_is_409_and_untouched(
 # == Waiting for a lock ==============================================================================================
 
 
-def waiters(pool: Pool, daemon: Daemon, key: str, count: int = 1, wait: str = "50s") -> list[Future[Answer]]:
+def waiters(
+    pool: Pool, daemon: Daemon, key: str, count: int = 1, wait: str = "50s"
+) -> list[Future[Answer]]:
     """So many callers that wait for a lock that is held; fails if one is answered right away."""
     futures = [pool.submit(daemon.acquire, key, **{"x-lease-wait": wait}) for _ in range(count)]
     answered, _ = wait_for_any(futures, 0.5, FIRST_COMPLETED)
@@ -2600,7 +3489,9 @@ def test_a_waiter_is_served_when_the_lock_is_released(daemon: Daemon, key: str, 
     assert daemon.token(key) == answer.token > holder.token
 
 
-def test_a_waiter_is_served_by_any_replica(on_etcd: Daemon, etcd: Etcd, key: str, start: Start, pool: Pool) -> None:
+def test_a_waiter_is_served_by_any_replica(
+    on_etcd: Daemon, etcd: Etcd, key: str, start: Start, pool: Pool
+) -> None:
     lease = on_etcd.acquire(key).text
     [waiter] = waiters(pool, start(etcd.url), key)
 
@@ -2644,7 +3535,9 @@ def test_a_waiter_whose_time_is_up_is_refused(daemon: Daemon, key: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["close", "reset"])
-def test_the_lock_is_never_taken_for_a_waiter_that_hung_up(daemon: Daemon, key: str, pool: Pool, how: str) -> None:
+def test_the_lock_is_never_taken_for_a_waiter_that_hung_up(
+    daemon: Daemon, key: str, pool: Pool, how: str
+) -> None:
     lease = daemon.acquire(key).text
     gone = send_waiting(daemon, key)
     [waiter] = waiters(pool, daemon, key)
@@ -2690,7 +3583,9 @@ def test_of_twenty_waiters_each_is_served(daemon: Daemon, key: str, pool: Pool) 
     daemon.release(lease)
 
     assert len({turn.result(30) for turn in turns}) == 20
-    assert time.monotonic() - started < 4  # each is woken by the release before it, and does not sleep until it looks
+    assert (
+        time.monotonic() - started < 4
+    )  # each is woken by the release before it, and does not sleep until it looks
 
 
 def test_twenty_waiters_cost_etcd_a_few_reads_a_second(
@@ -2725,7 +3620,9 @@ def test_two_hundred_waiters_hinder_nobody_and_leave_when_they_hang_up(start: St
 
 def test_the_longest_wait_ends_a_second_before_a_proxy_would_cut_it(start: Start) -> None:
     longest = f"import sys; sys.path[0] = {str(HERE)!r}; import shared_lock; shared_lock.MAX_WAIT_SECONDS = 3"
-    daemon = start("mock", command=[PYTHON, "-c", f"{longest}; sys.exit(shared_lock.main(['serve']))"])
+    daemon = start(
+        "mock", command=[PYTHON, "-c", f"{longest}; sys.exit(shared_lock.main(['serve']))"]
+    )
     daemon.acquire("k")
 
     began = time.monotonic()
@@ -2763,7 +3660,11 @@ def test_a_key_known_to_be_held_costs_etcd_nothing(
 @pytest.mark.parametrize("ask", [Daemon.keep_alive, Daemon.release])
 @pytest.mark.parametrize("behind_its_back", [False, True])
 def test_a_204_and_a_release_through_this_replica_are_heeded_at_once(
-    cached: Daemon, etcd: Etcd, key: str, ask: Callable[[Daemon, str], Answer], behind_its_back: bool
+    cached: Daemon,
+    etcd: Etcd,
+    key: str,
+    ask: Callable[[Daemon, str], Answer],
+    behind_its_back: bool,
 ) -> None:
     lease = cached.acquire(key).text
     if behind_its_back:
@@ -2773,7 +3674,9 @@ def test_a_204_and_a_release_through_this_replica_are_heeded_at_once(
     status = ask(cached, lease).status
 
     assert status == (204 if behind_its_back else 200)
-    assert cached.acquire(key).status == (202 if status == 200 and ask is Daemon.keep_alive else 201)
+    assert cached.acquire(key).status == (
+        202 if status == 200 and ask is Daemon.keep_alive else 201
+    )
 
 
 def test_a_cached_refusal_lasts_as_long_as_the_holder_and_not_the_asker(
@@ -2787,7 +3690,9 @@ def test_a_cached_refusal_lasts_as_long_as_the_holder_and_not_the_asker(
     assert eventually(lambda: cached.acquire(key, "1h").status == 201, 6)
 
 
-def test_the_least_recently_used_key_leaves_a_full_cache(start: Start, proxy: Proxy, key: str) -> None:
+def test_the_least_recently_used_key_leaves_a_full_cache(
+    start: Start, proxy: Proxy, key: str
+) -> None:
     cached = start(proxy.url, CACHE_ENABLED="true", CACHE_SIZE="2")
     for name in "abc":
         cached.acquire(key + name)
@@ -2826,14 +3731,18 @@ def late(held: str, start: Start, proxy: Proxy, pool: Pool, key: str) -> LateRea
     return LateRead(start(proxy.url, CACHE_ENABLED="true"), proxy, pool, key)
 
 
-def test_a_refusal_that_a_release_overtook_is_not_remembered(held: str, late: LateRead, key: str) -> None:
+def test_a_refusal_that_a_release_overtook_is_not_remembered(
+    held: str, late: LateRead, key: str
+) -> None:
     assert late.daemon.release(held).status == 200
     late.arrives()
 
     assert late.daemon.acquire(key).status == 201
 
 
-def test_an_older_read_never_replaces_a_newer_one(held: str, late: LateRead, on_etcd: Daemon, key: str) -> None:
+def test_an_older_read_never_replaces_a_newer_one(
+    held: str, late: LateRead, on_etcd: Daemon, key: str
+) -> None:
     on_etcd.release(held)
     second = late.daemon.acquire(key)
     late.arrives()
@@ -2842,7 +3751,9 @@ def test_an_older_read_never_replaces_a_newer_one(held: str, late: LateRead, on_
     assert (second.status, released.status, late.daemon.acquire(key).status) == (201, 200, 201)
 
 
-def test_keepalives_of_leases_that_nobody_has_cost_others_no_hit(late: LateRead, proxy: Proxy, key: str) -> None:
+def test_keepalives_of_leases_that_nobody_has_cost_others_no_hit(
+    late: LateRead, proxy: Proxy, key: str
+) -> None:
     gone = late.daemon.keep_alive("17")
     late.arrives()
     asked = len(proxy.seen)
@@ -2874,7 +3785,9 @@ def test_a_cached_refusal_lasts_as_long_as_the_holder_has_left(renewed: bool) ->
 
 def entries(storage: shared_lock.MemoryStorage) -> int:
     """How much its tables hold, whatever tables it has."""
-    return sum(len(table) for table in vars(storage).values() if isinstance(table, (dict, list, set)))
+    return sum(
+        len(table) for table in vars(storage).values() if isinstance(table, (dict, list, set))
+    )
 
 
 def test_in_memory_a_lock_lasts_for_its_ttl_and_no_longer() -> None:
@@ -2903,7 +3816,12 @@ def test_in_memory_each_renewal_starts_the_ttl_again() -> None:
     clock.ahead = 36.5
     holder = storage.look("k")
 
-    assert holder and (holder.lease, holder.value, holder.ttl, holder.granted_ttl) == (lease, "v", 0, 10)
+    assert holder and (holder.lease, holder.value, holder.ttl, holder.granted_ttl) == (
+        lease,
+        "v",
+        0,
+        10,
+    )
     clock.ahead = 37.1
     assert storage.look("k") is None
 
@@ -2981,9 +3899,14 @@ def renewed_but(*omitted: int) -> Callable[[Any, float], Any]:
     """An answer to keepalives, in another order, that lacks these leases; an even lease is gone."""
 
     def answer(asked: list[dict[str, int]], deadline: float) -> list[dict[str, Any]]:
-        lines: list[dict[str, Any]] = [{"error": {"grpc_code": 1, "message": "cut"}}] if omitted else []
+        lines: list[dict[str, Any]] = (
+            [{"error": {"grpc_code": 1, "message": "cut"}}] if omitted else []
+        )
         leases = [line["ID"] for line in reversed(asked) if line["ID"] not in omitted]
-        return lines + [{"result": {"ID": str(ID), **({"TTL": str(ID * 10)} if ID % 2 else {})}} for ID in leases]
+        return lines + [
+            {"result": {"ID": str(ID), **({"TTL": str(ID * 10)} if ID % 2 else {})}}
+            for ID in leases
+        ]
 
     return answer
 
@@ -3005,8 +3928,15 @@ def test_a_keepalive_whose_answer_is_missing_is_repeated() -> None:
     assert len(client.asked) == 3
 
 
-def test_a_lost_claim_whose_holder_cannot_be_read_is_unknown_since_an_earlier_try_may_have_won() -> None:
-    client = Scripted({"/kv/txn": {"header": {"revision": "7"}}, "/kv/range": shared_lock.StorageError("no leader")})
+def test_a_lost_claim_whose_holder_cannot_be_read_is_unknown_since_an_earlier_try_may_have_won() -> (
+    None
+):
+    client = Scripted(
+        {
+            "/kv/txn": {"header": {"revision": "7"}},
+            "/kv/range": shared_lock.StorageError("no leader"),
+        }
+    )
 
     (outcome,) = gateway_on(client).claim([claim_of("k", 5)], soon())
 
@@ -3021,7 +3951,9 @@ def test_a_lease_that_ended_between_two_tries_to_get_it_is_not_granted() -> None
         take(shared_lock.EtcdStorage(gateway_on(client), timeout=5), "k")
 
 
-def test_a_revoke_that_is_refused_for_another_reason_than_a_lease_that_is_gone_is_an_error() -> None:
+def test_a_revoke_that_is_refused_for_another_reason_than_a_lease_that_is_gone_is_an_error() -> (
+    None
+):
     refusals = [shared_lock.Refused("not found", 5), shared_lock.Refused("permission denied", 7)]
     gateway = gateway_on(Scripted({"/lease/revoke": refusals}))
 
@@ -3040,7 +3972,12 @@ def grants(asked: dict[str, int], deadline: float) -> dict[str, str]:
 
 
 def test_leases_that_cannot_be_ended_wait_in_one_thread_and_are_ended_when_etcd_is_well() -> None:
-    script = {"/kv/range": {}, "/lease/grant": grants, "/kv/txn": times_out, "/lease/revoke": times_out}
+    script = {
+        "/kv/range": {},
+        "/lease/grant": grants,
+        "/kv/txn": times_out,
+        "/lease/revoke": times_out,
+    }
     client = Scripted(script)
     storage = shared_lock.EtcdStorage(gateway_on(client), timeout=0.02)
     threads = threading.active_count()
@@ -3059,13 +3996,17 @@ def test_leases_that_cannot_be_ended_wait_in_one_thread_and_are_ended_when_etcd_
 
 def test_a_claim_that_etcd_refuses_is_not_acquired_once_its_lease_is_ended() -> None:
     refusal = shared_lock.Refused("no space", 8)
-    client = Scripted({"/kv/range": {}, "/lease/grant": grants, "/kv/txn": refusal, "/lease/revoke": {}})
+    client = Scripted(
+        {"/kv/range": {}, "/lease/grant": grants, "/kv/txn": refusal, "/lease/revoke": {}}
+    )
 
     with pytest.raises(shared_lock.StorageError, match="no space") as caught:
         take(shared_lock.EtcdStorage(gateway_on(client), timeout=5), "k")
 
     assert not isinstance(caught.value, shared_lock.OutcomeUnknown)
-    assert [asked["ID"] for asked in client.of("/lease/revoke")] == [asked["ID"] for asked in client.of("/lease/grant")]
+    assert [asked["ID"] for asked in client.of("/lease/revoke")] == [
+        asked["ID"] for asked in client.of("/lease/grant")
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -3092,7 +4033,9 @@ def test_keepalives_in_one_call_are_all_answered(gateway: shared_lock.Gateway, c
         assert gateway.keep_alive([*leases, unknown], soon()) == [60] * (count - 1) + [0]
 
 
-def test_of_two_claims_of_a_key_in_one_call_the_first_wins(gateway: shared_lock.Gateway, etcd: Etcd, key: str) -> None:
+def test_of_two_claims_of_a_key_in_one_call_the_first_wins(
+    gateway: shared_lock.Gateway, etcd: Etcd, key: str
+) -> None:
     a, b, c, d = granted(gateway, 4)
     names = [key, key + " another", key, key + " held"]
     held = gateway.claim([claim_of(names[3], d)], soon())
@@ -3103,49 +4046,90 @@ def test_of_two_claims_of_a_key_in_one_call_the_first_wins(gateway: shared_lock.
     assert [holder.lease for holder in holders] == [a, b, a, d]
     assert holders[3] == held[0]
     assert etcd.key(key) == {"create_revision": holders[0].token, "lease": a, "value": b"v"}
-    assert gateway.claim(claims, soon()) == holders  # a repetition finds its own lease
+    again: list[Any] = list(gateway.claim(claims, soon()))  # a repetition finds its own lease
+    assert [(one.lease, one.token) for one in again] == [(one.lease, one.token) for one in holders]
     assert gateway.holders([key, key + " free", key], soon()) == [holders[0], None, holders[0]]
 
 
-@pytest.mark.parametrize("shape", [
-    '{"error":M,"message":M,"code":C}', '{"error":M,"code":C}',  # 3.4.23 and 3.5
-    '{"code":C,"message":M}', '{"code":C,"message":M,"details":[]}',  # 3.6
-    '{"error":{"grpc_code":C,"http_code":503,"message":M}}', '{"error":{"code":C,"message":M}}',  # a stream: 3.5, 3.6
-])  # fmt: skip
-@pytest.mark.parametrize("status, code, message, kind", [
-    (404, 5, "requested lease not found", "Refused"), (412, 9, "lease already exists", "Refused"),
-    (400, 9, "lease already exists", "Refused"), (400, 11, "too large lease TTL", "Refused"),
-    (400, 3, "request is too large", "Refused"), (429, 8, "mvcc: database space exceeded", "Refused"),
-    (403, 7, "permission denied", "Refused"), (401, 16, "invalid auth token", "Refused"),
-    (503, 14, "no leader", "StorageError"), (503, 14, "request timed out", "OutcomeUnknown"),
-    (503, 14, "leader changed", "OutcomeUnknown"), (500, 2, "not a primary lessor", "OutcomeUnknown"),
-    (504, 4, "context deadline exceeded", "OutcomeUnknown"),
-])  # fmt: skip
-def test_every_shape_of_error_is_understood(shape: str, status: int, code: int, message: str, kind: str) -> None:
+@pytest.mark.parametrize(
+    "shape",
+    [
+        '{"error":M,"message":M,"code":C}',
+        '{"error":M,"code":C}',  # 3.4.23 and 3.5
+        '{"code":C,"message":M}',
+        '{"code":C,"message":M,"details":[]}',  # 3.6
+        '{"error":{"grpc_code":C,"http_code":503,"message":M}}',
+        '{"error":{"code":C,"message":M}}',  # a stream: 3.5, 3.6
+    ],
+)
+@pytest.mark.parametrize(
+    "status, code, message, kind",
+    [
+        (404, 5, "requested lease not found", "Refused"),
+        (412, 9, "lease already exists", "Refused"),
+        (400, 9, "lease already exists", "Refused"),
+        (400, 11, "too large lease TTL", "Refused"),
+        (400, 3, "request is too large", "Refused"),
+        (429, 8, "mvcc: database space exceeded", "Refused"),
+        (403, 7, "permission denied", "Refused"),
+        (401, 16, "invalid auth token", "Refused"),
+        (503, 14, "no leader", "StorageError"),
+        (503, 14, "request timed out", "OutcomeUnknown"),
+        (503, 14, "leader changed", "OutcomeUnknown"),
+        (500, 2, "not a primary lessor", "OutcomeUnknown"),
+        (504, 4, "context deadline exceeded", "OutcomeUnknown"),
+    ],
+)
+def test_every_shape_of_error_is_understood(
+    shape: str, status: int, code: int, message: str, kind: str
+) -> None:
     text = shape.replace("C", str(code)).replace("M", f'"etcdserver: {message}"')
 
     fault = shared_lock.classify(200 if '"error":{' in shape else status, text)
 
-    assert (type(fault).__name__.replace("Unavailable", "StorageError"), message in str(fault)) == (kind, True)
+    assert (type(fault).__name__.replace("Unavailable", "StorageError"), message in str(fault)) == (
+        kind,
+        True,
+    )
 
 
-@pytest.mark.parametrize("status, text, kind, shown", [
-    (404, "404 page not found\n", "StorageError", "gateway"), (503, "", "OutcomeUnknown", "503"),
-    (400, "CommonName of client sending a request against gateway will be ignored", "StorageError", "CommonName"),
-    (502, "<html>\nbad gateway", "OutcomeUnknown", "bad gateway"), (500, "null", "OutcomeUnknown", "500"),
-    (500, '{"error": null, "code": "x"}', "OutcomeUnknown", "500"),
-])  # fmt: skip
-def test_an_error_that_is_not_of_etcd_is_understood(status: int, text: str, kind: str, shown: str) -> None:
+@pytest.mark.parametrize(
+    "status, text, kind, shown",
+    [
+        (404, "404 page not found\n", "StorageError", "gateway"),
+        (503, "", "OutcomeUnknown", "503"),
+        (
+            400,
+            "CommonName of client sending a request against gateway will be ignored",
+            "StorageError",
+            "CommonName",
+        ),
+        (502, "<html>\nbad gateway", "OutcomeUnknown", "bad gateway"),
+        (500, "null", "OutcomeUnknown", "500"),
+        (500, '{"error": null, "code": "x"}', "OutcomeUnknown", "500"),
+    ],
+)
+def test_an_error_that_is_not_of_etcd_is_understood(
+    status: int, text: str, kind: str, shown: str
+) -> None:
     fault = shared_lock.classify(status, text)
 
-    assert (type(fault).__name__.replace("Unavailable", "StorageError"), "\n" in str(fault)) == (kind, False)
+    assert (type(fault).__name__.replace("Unavailable", "StorageError"), "\n" in str(fault)) == (
+        kind,
+        False,
+    )
     assert shown in str(fault)
 
 
-@pytest.mark.parametrize("says, fault", [
-    (b"SSH-2.0-OpenSSH\r\n\r\n", "SSH-2.0-OpenSSH"), (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]", "not "),
-    (b'HTTP/1.1 200 OK\r\nContent-Length: 12\r\n\r\n{"hello": 1}', "not "),
-], ids=len)  # fmt: skip
+@pytest.mark.parametrize(
+    "says, fault",
+    [
+        (b"SSH-2.0-OpenSSH\r\n\r\n", "SSH-2.0-OpenSSH"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]", "not "),
+        (b'HTTP/1.1 200 OK\r\nContent-Length: 12\r\n\r\n{"hello": 1}', "not "),
+    ],
+    ids=len,
+)
 def test_what_is_not_an_answer_of_etcd_is_an_error(start: Start, says: bytes, fault: str) -> None:
     class Handler(socketserver.StreamRequestHandler):
         def handle(self) -> None:
@@ -3154,7 +4138,9 @@ def test_what_is_not_an_answer_of_etcd_is_an_error(start: Start, says: bytes, fa
 
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        answer = start(f"http://127.0.0.1:{server.server_address[1]}", ETCD_TIMEOUT="1s").acquire("k")
+        answer = start(f"http://127.0.0.1:{server.server_address[1]}", ETCD_TIMEOUT="1s").acquire(
+            "k"
+        )
         server.shutdown()
 
     assert answer.status == 500
@@ -3242,7 +4228,9 @@ def test_callers_that_come_during_a_call_share_the_next_and_never_that_one(call:
     assert call.batches == [[1], [1, 2, 3]]
 
 
-@pytest.mark.parametrize("share, sizes", [(1 / 4, [1, 4, 4, 1]), (0.6, [1] * 10), (2.0, [1] * 10), (0.0, [1, 9])])
+@pytest.mark.parametrize(
+    "share, sizes", [(1 / 4, [1, 4, 4, 1]), (0.6, [1] * 10), (2.0, [1] * 10), (0.0, [1, 9])]
+)
 def test_a_call_carries_no_more_than_fits(pool: Pool, share: float, sizes: list[int]) -> None:
     call = HeldCall(pool, share)
     callers = [call.first(1), *call.behind(*range(2, 11))]
@@ -3267,7 +4255,9 @@ def test_a_refusal_harms_only_the_caller_that_is_refused(call: HeldCall) -> None
 
 
 @pytest.mark.parametrize("kind", [shared_lock.StorageError, shared_lock.OutcomeUnknown])
-def test_a_failure_of_the_call_is_told_to_all_that_share_it(call: HeldCall, kind: type[Exception]) -> None:
+def test_a_failure_of_the_call_is_told_to_all_that_share_it(
+    call: HeldCall, kind: type[Exception]
+) -> None:
     call.faults[3] = kind("etcd is away")
     callers = [call.first(1), *call.behind(2, 3, 4)]
 
@@ -3360,7 +4350,9 @@ def freeze(member: Etcd) -> None:
     eventually(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T")
 
 
-def test_a_member_that_is_frozen_at_the_start_is_noted_before_anybody_asks(own_etcd: Etcd, start: Start) -> None:
+def test_a_member_that_is_frozen_at_the_start_is_noted_before_anybody_asks(
+    own_etcd: Etcd, start: Start
+) -> None:
     freeze(own_etcd)
 
     daemon = start(own_etcd.url, ETCD_TIMEOUT="1s")
@@ -3382,7 +4374,9 @@ def test_refused_connections_are_left_at_once(etcd: Etcd, start: Start, key: str
     eventually(lambda: all(f"member={url} reason=" in daemon.log() for url in nobody))
 
 
-def test_a_member_without_a_leader_is_left_at_once(etcd: Etcd, proxy: Proxy, start: Start, key: str) -> None:
+def test_a_member_without_a_leader_is_left_at_once(
+    etcd: Etcd, proxy: Proxy, start: Start, key: str
+) -> None:
     proxy.rule = (Proxy.ALL, "no-leader", 10**6)
     daemon = start(f"{proxy.url},{etcd.url}", ETCD_TIMEOUT="30s")
 
@@ -3394,7 +4388,9 @@ def test_a_member_without_a_leader_is_left_at_once(etcd: Etcd, proxy: Proxy, sta
     assert daemon.log().count("etcd member failed") == 1
 
 
-def test_replicas_that_start_together_do_not_all_begin_with_the_same_member(etcd: Etcd, key: str) -> None:
+def test_replicas_that_start_together_do_not_all_begin_with_the_same_member(
+    etcd: Etcd, key: str
+) -> None:
     proxies = [Proxy(etcd), Proxy(etcd)]
     acquire = """if 1:
         import os, sys, shared_lock as it
@@ -3404,7 +4400,9 @@ def test_replicas_that_start_together_do_not_all_begin_with_the_same_member(etcd
             assert isinstance(storage.acquire(it.LockRequest(f"{sys.argv[1]}-{number}", ttl=2)), it.Grant)
     """
 
-    ended = run_module(["-c", acquire, key], ETCD_ADDR_LIST=",".join(proxy.url for proxy in proxies))
+    ended = run_module(
+        ["-c", acquire, key], ETCD_ADDR_LIST=",".join(proxy.url for proxy in proxies)
+    )
 
     assert ended.returncode == 0, ended.stderr
     assert all(("/v3/lease/grant", "") in proxy.seen for proxy in proxies)
@@ -3412,7 +4410,9 @@ def test_replicas_that_start_together_do_not_all_begin_with_the_same_member(etcd
         proxy.close()
 
 
-def test_a_storm_of_failures_is_counted_and_names_the_endpoint_and_the_reason_once(start: Start, key: str) -> None:
+def test_a_storm_of_failures_is_counted_and_names_the_endpoint_and_the_reason_once(
+    start: Start, key: str
+) -> None:
     nobody = f"http://127.0.0.1:{free_port()}"
     daemon = start(nobody, ETCD_TIMEOUT="1s")
 
@@ -3441,7 +4441,9 @@ def tls_etcd(tmp_path_factory: pytest.TempPathFactory, pki: Pki) -> Iterator[Etc
         server.stop()
 
 
-def test_over_tls_with_client_certificates_locks_work(tls_etcd: Etcd, pki: Pki, start: Start, key: str) -> None:
+def test_over_tls_with_client_certificates_locks_work(
+    tls_etcd: Etcd, pki: Pki, start: Start, key: str
+) -> None:
     daemon = start(f"127.0.0.1:{tls_etcd.port}", **pki.env())
 
     lock = eventually(lambda: (answer := daemon.acquire(key)).status == 201 and answer)
@@ -3451,10 +4453,15 @@ def test_over_tls_with_client_certificates_locks_work(tls_etcd: Etcd, pki: Pki, 
     assert daemon.release(lock.text).status == 200
 
 
-@pytest.mark.parametrize("case, words", [
-    ("wrong CA", "TLS: its certificate is not accepted: "), ("http to https", "https"),
-    ("https to http", r"is it http\?"), ("stranger", "TLS: .*(certificate|unknown ca)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "case, words",
+    [
+        ("wrong CA", "TLS: its certificate is not accepted: "),
+        ("http to https", "https"),
+        ("https to http", r"is it http\?"),
+        ("stranger", "TLS: .*(certificate|unknown ca)"),
+    ],
+)
 def test_what_is_wrong_with_tls_is_one_understandable_line_and_a_500(
     tls_etcd: Etcd, etcd: Etcd, pki: Pki, start: Start, key: str, case: str, words: str
 ) -> None:
@@ -3490,7 +4497,9 @@ def test_certificates_are_read_again_when_replaced(
 
 
 @pytest.mark.parametrize("release", ["3.4.45", "3.5.22", "3.6.4", "3.5.23", "3.6.10"])
-def test_a_release_with_defects_is_warned_of_once_a_start(proxy: Proxy, start: Start, release: str) -> None:
+def test_a_release_with_defects_is_warned_of_once_a_start(
+    proxy: Proxy, start: Start, release: str
+) -> None:
     proxy.rule = ("/version", release, 10**6)
 
     daemon = start(proxy.url)
@@ -3509,7 +4518,10 @@ def test_certificates_are_judged_as_go_and_curl_do(
     etcd = Etcd(tmp_path, "m0", None, *tls_options(pki._asdict()[whose]))
     try:
         etcd.start()
-        daemon, own_port = start(f"127.0.0.1:{etcd.port}", **pki.env(whose, whose)), start_tls(pki.lax / "ca.crt")
+        daemon, own_port = (
+            start(f"127.0.0.1:{etcd.port}", **pki.env(whose, whose)),
+            start_tls(pki.lax / "ca.crt"),
+        )
         own_port.tls = pki.caller("lax")
 
         assert eventually(daemon.ready)
@@ -3543,7 +4555,10 @@ def test_of_two_clusters_in_one_list_none_grants_until_the_list_is_whole(
 ) -> None:
     one, other = [member.start().wait() for member in two]
     slow = [Proxy(one), Proxy(other)]
-    lists = [[one.url, slow[1].url], [other.url, slow[0].url]]  # each daemon knows another cluster first
+    lists = [
+        [one.url, slow[1].url],
+        [other.url, slow[0].url],
+    ]  # each daemon knows another cluster first
     for between in slow:
         between.rule, between.HOLD_SECONDS = (Proxy.LOOK, "hold", 10**6), 1
 
@@ -3553,7 +4568,9 @@ def test_of_two_clusters_in_one_list_none_grants_until_the_list_is_whole(
 
     daemons, statuses = zip(*pool.map(start_and_take, range(6)), strict=True)
     assert statuses.count(201) <= 1 and set(statuses) <= {201, 202, 500}
-    assert all(split(daemon, lists[number % 2], f"{key}-split") for number, daemon in enumerate(daemons))
+    assert all(
+        split(daemon, lists[number % 2], f"{key}-split") for number, daemon in enumerate(daemons)
+    )
 
     slow[1].close()
     other.stop()
@@ -3569,15 +4586,23 @@ def test_a_daemon_that_begins_with_the_wrong_cluster_tells_nobody_that_a_held_lo
     two: list[Etcd], start: Start, key: str
 ) -> None:
     one, other = [member.start().wait() for member in two]
-    right, daemons = start(one.url), [start(f"{one.url},{other.url}", ETCD_TIMEOUT="1s") for _ in range(4)]
+    right, daemons = (
+        start(one.url),
+        [start(f"{one.url},{other.url}", ETCD_TIMEOUT="1s") for _ in range(4)],
+    )
     leases = [right.acquire(f"{key}-{number}").text for number in range(4)]
 
     for number, daemon in enumerate(daemons):
         for what in ("keepalive", "look", "release"):
-            assert ask_about(daemon, what, f"{key}-{number}", leases[number]).status in (200, 500), what
+            assert ask_about(daemon, what, f"{key}-{number}", leases[number]).status in (
+                200,
+                500,
+            ), what
 
 
-def test_a_member_of_another_cluster_that_comes_later_is_never_used(two: list[Etcd], start: Start, key: str) -> None:
+def test_a_member_of_another_cluster_that_comes_later_is_never_used(
+    two: list[Etcd], start: Start, key: str
+) -> None:
     one, other = two[0].start().wait(), two[1]
     daemon = start(f"{other.url},{one.url}", ETCD_TIMEOUT="1s")
     leases = [daemon.acquire(f"{key}-{number}").text for number in range(2)]
@@ -3586,7 +4611,12 @@ def test_a_member_of_another_cluster_that_comes_later_is_never_used(two: list[Et
     eventually(lambda: split(daemon, [one.url, other.url], f"{key}-late"))
     kept, released = daemon.keep_alive(leases[0]), daemon.release(leases[1])
     one.stop()
-    alone = [daemon.keep_alive(leases[0]), daemon.release(leases[0]), daemon.look(f"{key}-0"), daemon.acquire(key)]
+    alone = [
+        daemon.keep_alive(leases[0]),
+        daemon.release(leases[0]),
+        daemon.look(f"{key}-0"),
+        daemon.acquire(key),
+    ]
 
     assert (kept.status, released.status) == (200, 200)
     assert [answer.status for answer in alone] == [500] * 4
@@ -3675,9 +4705,9 @@ def test_a_name_is_looked_up_again_when_its_member_fails(
 
     assert down.status == 500
     assert eventually(lambda: daemon.acquire(key).status == 201)
-    assert [line for line in daemon.request("GET", "/metrics").text.splitlines() if "member_up{" in line] == [
-        f'shared_lock_etcd_member_up{{member="http://m.test:{etcd.port}"}} 1'
-    ]
+    assert [
+        line for line in daemon.request("GET", "/metrics").text.splitlines() if "member_up{" in line
+    ] == [f'shared_lock_etcd_member_up{{member="http://m.test:{etcd.port}"}} 1']
 
 
 @pytest.mark.parametrize("before", ["hangs", "127.0.0.2"])
@@ -3694,7 +4724,11 @@ def test_a_name_server_that_hangs_costs_nobody_more_than_the_budget(
 
     assert {answer.status for _, answer in first + more} == {201}
     assert max(seconds for seconds, _ in first + more) < 2.5
-    assert (daemon.ready(), daemon.request("GET", "/health").status, daemon.stop()) == (True, 200, 0)
+    assert (daemon.ready(), daemon.request("GET", "/health").status, daemon.stop()) == (
+        True,
+        200,
+        0,
+    )
 
 
 def test_where_no_name_can_be_looked_up_answers_say_so_within_the_budget(
@@ -3734,10 +4768,17 @@ def test_a_member_of_another_cluster_is_not_used_either_when_the_right_one_gets_
 
 def enable_auth(etcd: Etcd) -> None:
     """Users root, lock (who may read and write our prefix) and other (another one); their passwords are secret."""
-    for name, first, end in (("root", b"", b""), ("lock", b"/shared-lock/", b"/shared-lock0"), ("other", b"a", b"b")):
+    for name, first, end in (
+        ("root", b"", b""),
+        ("lock", b"/shared-lock/", b"/shared-lock0"),
+        ("other", b"a", b"b"),
+    ):
         etcd.call("/auth/user/add", {"name": name, "password": "secret"})
         etcd.call("/auth/role/add", {"name": name})
-        keys = {"key": base64.b64encode(first).decode(), "range_end": base64.b64encode(end).decode()}
+        keys = {
+            "key": base64.b64encode(first).decode(),
+            "range_end": base64.b64encode(end).decode(),
+        }
         if first:
             etcd.call("/auth/role/grant", {"name": name, "perm": {"permType": "READWRITE", **keys}})
         etcd.call("/auth/user/grant", {"user": name, "role": name})
@@ -3750,7 +4791,9 @@ def is_up(etcd: Etcd) -> bool:
     return False
 
 
-def start_as(start: Start, etcd: Etcd, user: str = "lock", password: str = "secret", **env: str) -> Daemon:
+def start_as(
+    start: Start, etcd: Etcd, user: str = "lock", password: str = "secret", **env: str
+) -> Daemon:
     return start(etcd.url, ETCD_USERNAME=user, ETCD_PASSWORD=password, DEBUG="true", **env)
 
 
@@ -3759,26 +4802,42 @@ def use(daemon: Daemon, key: str) -> list[int]:
     lock = daemon.acquire(key)
     own = daemon.acquire(key, **{"x-lease-id": lock.text})
     answers = [lock, own, daemon.acquire(key), daemon.keep_alive(lock.text), daemon.look(key)]
-    answers += [daemon.request("GET", "/lease?prefix="), daemon.release(lock.text), daemon.keep_alive(lock.text)]
-    return [answer.status for answer in (*answers, daemon.look(key), daemon.request("GET", "/ready"))]
+    answers += [
+        daemon.request("GET", "/lease?prefix="),
+        daemon.release(lock.text),
+        daemon.keep_alive(lock.text),
+    ]
+    return [
+        answer.status for answer in (*answers, daemon.look(key), daemon.request("GET", "/ready"))
+    ]
 
 
 WELL = [201, 201, 202, 200, 200, 200, 200, 204, 404, 200]
 
 
-def test_with_auth_a_user_who_may_use_our_prefix_is_enough(own_etcd: Etcd, start: Start, key: str) -> None:
+def test_with_auth_a_user_who_may_use_our_prefix_is_enough(
+    own_etcd: Etcd, start: Start, key: str
+) -> None:
     before = start_as(start, own_etcd)
     assert use(before, key) == WELL
 
     enable_auth(own_etcd)
 
     assert use(before, key) == use(start_as(start, own_etcd), key) == WELL
-    assert not re.search("secret|[A-Za-z]{16}[.][0-9]+", before.log())  # the password, a token of etcd
+    assert not re.search(
+        "secret|[A-Za-z]{16}[.][0-9]+", before.log()
+    )  # the password, a token of etcd
 
 
-@pytest.mark.parametrize("user, password, shown", [
-    ("", "", "user name is empty"), ("other", "secret", "permission denied"), ("lock", "mistyped", "authentication"),
-], ids=["without a user", "a user of other keys", "with a wrong password"])  # fmt: skip
+@pytest.mark.parametrize(
+    "user, password, shown",
+    [
+        ("", "", "user name is empty"),
+        ("other", "secret", "permission denied"),
+        ("lock", "mistyped", "authentication"),
+    ],
+    ids=["without a user", "a user of other keys", "with a wrong password"],
+)
 def test_who_may_not_is_told_so_with_few_tries_and_used_once_he_may(
     own_etcd: Etcd, start: Start, key: str, user: str, password: str, shown: str
 ) -> None:
@@ -3786,12 +4845,23 @@ def test_who_may_not_is_told_so_with_few_tries_and_used_once_he_may(
     began = time.monotonic()
     daemon = start_as(start, own_etcd, user, password)
 
-    answers = [answer for _, answer in together(30, lambda number: daemon.acquire(f"{key}-{number}"))]
-    answers += [daemon.keep_alive("5"), daemon.release("5"), daemon.look(key), daemon.request("GET", "/ready")]
+    answers = [
+        answer for _, answer in together(30, lambda number: daemon.acquire(f"{key}-{number}"))
+    ]
+    answers += [
+        daemon.keep_alive("5"),
+        daemon.release("5"),
+        daemon.look(key),
+        daemon.request("GET", "/ready"),
+    ]
     assert password != "mistyped" or eventually(lambda: calls(own_etcd)["Authenticate"] > 2)
     tries, took = calls(own_etcd)["Authenticate"], time.monotonic() - began
 
-    allowed = {200, 204} if user == "other" or "/3.4." in ask(own_etcd.port, "GET", "/version").text else set()
+    allowed = (
+        {200, 204}
+        if user == "other" or "/3.4." in ask(own_etcd.port, "GET", "/version").text
+        else set()
+    )
     assert {answer.status for answer in answers} - allowed == {500, 503}
     assert all(answer.status in allowed or shown in answer.text for answer in answers)
     assert tries <= took + 2
@@ -3802,11 +4872,17 @@ def test_who_may_not_is_told_so_with_few_tries_and_used_once_he_may(
     assert eventually(daemon.ready)
 
 
-def test_one_log_in_serves_all_callers_when_etcd_has_lost_its_tokens(own_etcd: Etcd, start: Start, key: str) -> None:
+def test_one_log_in_serves_all_callers_when_etcd_has_lost_its_tokens(
+    own_etcd: Etcd, start: Start, key: str
+) -> None:
     enable_auth(own_etcd)
     daemon = start_as(start, own_etcd)
-    leases = [answer.text for _, answer in together(30, lambda number: daemon.acquire(f"{key}-{number}"))]
-    time.sleep(0.5)  # a log-in that is younger than 0.1 s is in etcd's log only, and done again at its start
+    leases = [
+        answer.text for _, answer in together(30, lambda number: daemon.acquire(f"{key}-{number}"))
+    ]
+    time.sleep(
+        0.5
+    )  # a log-in that is younger than 0.1 s is in etcd's log only, and done again at its start
 
     own_etcd.stop()
     own_etcd.start()
@@ -3825,7 +4901,10 @@ def test_while_an_etcd_with_auth_is_killed_and_restarted_no_request_fails(
     daemon, done = start_as(start, own_etcd, ETCD_TIMEOUT="20s"), threading.Event()
 
     def go_on(number: int) -> list[list[int]]:
-        return [use(daemon, f"{key}-{number}-{turn}") for turn in itertools.takewhile(not_done, itertools.count())]
+        return [
+            use(daemon, f"{key}-{number}-{turn}")
+            for turn in itertools.takewhile(not_done, itertools.count())
+        ]
 
     def not_done(turn: int) -> bool:
         return not done.is_set()
@@ -3845,18 +4924,27 @@ def test_while_an_etcd_with_auth_is_killed_and_restarted_no_request_fails(
 # == Readiness and metrics ===========================================================================================
 
 
-def test_it_starts_without_etcd_and_readiness_follows_etcd_while_health_does_not(tmp_path: Path, start: Start) -> None:
+def test_it_starts_without_etcd_and_readiness_follows_etcd_while_health_does_not(
+    tmp_path: Path, start: Start
+) -> None:
     etcd = Etcd(tmp_path)
     daemon = start(etcd.url, ETCD_TIMEOUT="1s")
     try:
         for key in "ab":
             down = daemon.request("GET", "/ready")
-            assert [down.status, daemon.request("GET", "/health").status, daemon.acquire(key).status] == [503, 200, 500]
+            assert [
+                down.status,
+                daemon.request("GET", "/health").status,
+                daemon.acquire(key).status,
+            ] == [503, 200, 500]
             one_line(down, "storage failed: ")
 
             etcd.start().wait()
             assert eventually(daemon.ready)
-            assert (daemon.request("HEAD", "/ready")[:2], daemon.acquire(key).status) == ((200, b""), 201)
+            assert (daemon.request("HEAD", "/ready")[:2], daemon.acquire(key).status) == (
+                (200, b""),
+                201,
+            )
 
             etcd.stop()
             assert eventually(lambda: not daemon.ready())
@@ -3873,9 +4961,13 @@ Samples = dict[frozenset[tuple[str, str]], float]
 def metrics(daemon: Daemon) -> dict[str, Samples]:
     """The page, which is as Prometheus wants it; promtool has a look, too, where there is one."""
     answer = daemon.request("GET", "/metrics")
-    assert answer.headers["content-type"].replace(" ", "") == "text/plain;version=0.0.4;charset=utf-8"
+    assert (
+        answer.headers["content-type"].replace(" ", "") == "text/plain;version=0.0.4;charset=utf-8"
+    )
     if shutil.which("promtool"):
-        checked = subprocess.run(["promtool", "check", "metrics"], input=answer.body, capture_output=True, timeout=30)
+        checked = subprocess.run(
+            ["promtool", "check", "metrics"], input=answer.body, capture_output=True, timeout=30
+        )
         assert (checked.returncode, checked.stdout + checked.stderr) == (0, b"")
     return parse_metrics(answer.text)
 
@@ -3888,33 +4980,66 @@ def test_operations_are_counted_under_the_names_of_the_go_service(daemon: Daemon
     before = collections.Counter(operations(daemon))
 
     lease = daemon.acquire(key, value="my-value").text
-    assert [daemon.acquire(key, **headers).status for headers in ({}, {}, MUST_BE_FREE)] == [202, 202, 412]
-    assert [daemon.keep_alive(body).status for body in (lease, lease, "17", "x", '"x"')] == [200, 200, 204, 400, 500]
+    assert [daemon.acquire(key, **headers).status for headers in ({}, {}, MUST_BE_FREE)] == [
+        202,
+        202,
+        412,
+    ]
+    assert [daemon.keep_alive(body).status for body in (lease, lease, "17", "x", '"x"')] == [
+        200,
+        200,
+        204,
+        400,
+        500,
+    ]
     assert daemon.request("POST", "/keepalive", "17", MUST_EXIST).status == 412
-    assert [daemon.release(body).status for body in (lease, lease, "x", '"x"')] == [200, 204, 400, 500]
+    assert [daemon.release(body).status for body in (lease, lease, "x", '"x"')] == [
+        200,
+        204,
+        400,
+        500,
+    ]
     assert daemon.request("DELETE", "/lease", lease, MUST_EXIST).status == 412
-    assert [daemon.acquire(k, ttl).status for k, ttl in (("", "1s"), (key, "x"), (key, "1s"))] == [400, 400, 201]
+    assert [daemon.acquire(k, ttl).status for k, ttl in (("", "1s"), (key, "x"), (key, "1s"))] == [
+        400,
+        400,
+        201,
+    ]
 
     assert collections.Counter(operations(daemon)) - before == {
-        "get created": 2, "get accepted": 3, "prolong success": 2, "prolong failure": 2, "release success": 1,
+        "get created": 2,
+        "get accepted": 3,
+        "prolong success": 2,
+        "prolong failure": 2,
+        "release success": 1,
         "release failure": 2,
-    }  # fmt: skip
+    }
     text = daemon.request("GET", "/metrics").text
     assert not any(secret in text for secret in (key, "my-value", lease))
 
 
 @pytest.mark.parametrize("storage", ["memory", "etcd"])
-def test_what_alerts_rely_on_is_on_the_page_from_the_start(start: Start, etcd: Etcd, storage: str) -> None:
+def test_what_alerts_rely_on_is_on_the_page_from_the_start(
+    start: Start, etcd: Etcd, storage: str
+) -> None:
     daemon = start("mock" if storage == "memory" else etcd.url)
 
     page = metrics(daemon)
 
     wanted = {("get", status) for status in ("created", "accepted", "error")}
-    wanted |= {(name, status) for name in ("prolong", "release") for status in ("success", "failure", "error")}
+    wanted |= {
+        (name, status)
+        for name in ("prolong", "release")
+        for status in ("success", "failure", "error")
+    }
     labels = [frozenset({("operation", name), ("status", status)}) for name, status in wanted]
     assert page["shared_lock_lease_operations_total"] == dict.fromkeys(labels, 0)
     assert page["shared_lock_build_info"] == {frozenset({("version", shared_lock.VERSION)}): 1}
-    assert page["shared_lock_waiting"] == page["shared_lock_log_lines_dropped_total"] == {frozenset(): 0}
+    assert (
+        page["shared_lock_waiting"]
+        == page["shared_lock_log_lines_dropped_total"]
+        == {frozenset(): 0}
+    )
     members = [] if storage == "memory" else [frozenset({("member", etcd.url)})]
     assert list(page.get(MEMBER_UP, ())) == list(page.get(MEMBER_ERRORS, ())) == members
 
@@ -3923,7 +5048,9 @@ def test_the_page_tells_about_its_process(start: Start) -> None:
     daemon = start("mock")
 
     page = metrics(daemon)
-    process = {name: values[frozenset()] for name, values in page.items() if name.startswith("process_")}
+    process = {
+        name: values[frozenset()] for name, values in page.items() if name.startswith("process_")
+    }
     limit = resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE)[0]
 
     assert abs(process.pop("process_start_time_seconds") - time.time()) < 60
@@ -3940,13 +5067,20 @@ def test_uses_of_the_cache_are_counted_under_the_names_of_the_go_service(start: 
     statuses = [daemon.acquire("a", "1s").status, daemon.acquire("a").status]  # miss, success; hit
     time.sleep(1.05)
     statuses.append(daemon.acquire("a").status)  # expired, update
-    statuses += [daemon.acquire(key).status for key in "bc"]  # misses, successes; the second drops a
+    statuses += [
+        daemon.acquire(key).status for key in "bc"
+    ]  # misses, successes; the second drops a
     statuses.append(daemon.acquire("a").status)  # miss; held, which is remembered; drops b
 
     assert (before, statuses) == ({}, [201, 202, 201, 201, 201, 202])
     assert operations(daemon, "cache") == {
-        "get miss": 4, "get hit": 1, "get expired": 1, "set success": 4, "set update": 1, "evict size_limit": 2
-    }  # fmt: skip
+        "get miss": 4,
+        "get hit": 1,
+        "get expired": 1,
+        "set success": 4,
+        "set update": 1,
+        "evict size_limit": 2,
+    }
     assert metrics(daemon)  # a page of this is well-formed, too
 
 
@@ -3959,7 +5093,13 @@ def test_what_becomes_of_a_full_cache_and_of_its_entries_is_counted(start: Start
 
     counts = operations(daemon, "cache")
     counts.pop("get hit")
-    assert counts == {"get miss": 2, "get expired": 1, "set success": 2, "set update": 1, "evict size_limit": 1}
+    assert counts == {
+        "get miss": 2,
+        "get expired": 1,
+        "set success": 2,
+        "set update": 1,
+        "evict size_limit": 1,
+    }
 
 
 def test_the_time_of_grants_and_refusals_is_a_cumulative_histogram(start: Start) -> None:
@@ -3969,11 +5109,17 @@ def test_the_time_of_grants_and_refusals_is_a_cumulative_histogram(start: Start)
     lease = daemon.acquire("held").text
     refusals = [daemon.acquire("held", **headers).status for headers in ({}, {}, MUST_BE_FREE)]
     daemon.acquire("held", **{"x-lease-wait": "1s"})
-    others = [daemon.acquire("").status, daemon.acquire("k", "x").status, daemon.keep_alive(lease).status]
+    others = [
+        daemon.acquire("").status,
+        daemon.acquire("k", "x").status,
+        daemon.keep_alive(lease).status,
+    ]
 
     page = metrics(daemon)
 
-    buckets = {float(dict(labels)["le"]): count for labels, count in page[GRANTS + "_bucket"].items()}
+    buckets = {
+        float(dict(labels)["le"]): count for labels, count in page[GRANTS + "_bucket"].items()
+    }
     bounds = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, math.inf]
     assert (refusals, others) == ([202, 202, 412], [400, 400, 200])
     assert {dict(labels)["operation"] for labels in page[GRANTS + "_bucket"]} == {"get"}
@@ -3983,14 +5129,19 @@ def test_the_time_of_grants_and_refusals_is_a_cumulative_histogram(start: Start)
     assert 0 < page[GRANTS + "_sum"][get_only] < 0.9  # without the second in line
 
 
-def test_a_grant_that_took_its_time_is_in_a_later_bucket(start: Start, proxy: Proxy, key: str) -> None:
+def test_a_grant_that_took_its_time_is_in_a_later_bucket(
+    start: Start, proxy: Proxy, key: str
+) -> None:
     daemon = start(proxy.url)
     eventually(daemon.ready)
     proxy.rule = ("/v3/lease/grant", "hold", 1)
 
     assert daemon.acquire(key).status == 201
 
-    buckets = {float(dict(labels)["le"]): count for labels, count in metrics(daemon)[GRANTS + "_bucket"].items()}
+    buckets = {
+        float(dict(labels)["le"]): count
+        for labels, count in metrics(daemon)[GRANTS + "_bucket"].items()
+    }
     assert (buckets[0.25], buckets[8], buckets[math.inf]) == (0, 1, 1)
 
 
@@ -4017,21 +5168,38 @@ def test_requests_are_counted_by_path_method_and_code(start: Start) -> None:
     daemon.look("k")
     daemon.keep_alive(lease)
     daemon.release(lease)
-    for method, path in [("HEAD", "/health"), ("GET", "/ready"), ("GET", "/debug/pprof/"), ("PATCH", "/lease"),
-                         ("BREW", "/tea"), ("GET", "/lease/")]:  # fmt: skip
+    for method, path in [
+        ("HEAD", "/health"),
+        ("GET", "/ready"),
+        ("GET", "/debug/pprof/"),
+        ("PATCH", "/lease"),
+        ("BREW", "/tea"),
+        ("GET", "/lease/"),
+    ]:
         daemon.request(method, path)
     talk(daemon, b"nonsense\r\n\r\n")
 
     named = ["path", "method", "code"]
     counted = metrics(daemon)["shared_lock_http_requests_total"]
     assert {" ".join(dict(labels)[name] for name in named): n for labels, n in counted.items()} == {
-        "/lease POST 201": 1, "/lease POST 202": 1, "/lease POST 412": 1, "/lease GET 200": 1,
-        "/keepalive POST 200": 1, "/lease DELETE 200": 1, "/health HEAD 200": 1, "/ready GET 200": 1,
-        "/debug/pprof/ GET 200": 1, "/lease other 405": 1, "other other 404": 2, "other other 400": 1,
-    }  # fmt: skip
+        "/lease POST 201": 1,
+        "/lease POST 202": 1,
+        "/lease POST 412": 1,
+        "/lease GET 200": 1,
+        "/keepalive POST 200": 1,
+        "/lease DELETE 200": 1,
+        "/health HEAD 200": 1,
+        "/ready GET 200": 1,
+        "/debug/pprof/ GET 200": 1,
+        "/lease other 405": 1,
+        "other other 404": 2,
+        "other other 400": 1,
+    }
 
 
-def test_requests_that_are_refused_early_are_counted_under_their_path_too(start: Start, tmp_path: Path) -> None:
+def test_requests_that_are_refused_early_are_counted_under_their_path_too(
+    start: Start, tmp_path: Path
+) -> None:
     (tmp_path / "tokens").write_text("secret\n")
     daemon = start("mock", SERVER_TOKEN_PATH=str(tmp_path / "tokens"))
     known = b"Authorization: Bearer secret"
@@ -4040,9 +5208,13 @@ def test_requests_that_are_refused_early_are_counted_under_their_path_too(start:
     assert talk(daemon, post(lock_body("k", KIB64 + 1), known)).status == 413
     assert talk(daemon, get("/nowhere")).status == 401
 
-    page = parse_metrics(talk(daemon, get("/metrics", known)).text)["shared_lock_http_requests_total"]
+    page = parse_metrics(talk(daemon, get("/metrics", known)).text)[
+        "shared_lock_http_requests_total"
+    ]
     expected = [("/lease", "POST", "401"), ("/lease", "POST", "413"), ("other", "other", "401")]
-    assert page == {frozenset(zip(("path", "method", "code"), one, strict=True)): 1 for one in expected}
+    assert page == {
+        frozenset(zip(("path", "method", "code"), one, strict=True)): 1 for one in expected
+    }
 
 
 def test_the_words_of_clients_never_make_the_page_grow(start: Start) -> None:
@@ -4050,18 +5222,38 @@ def test_the_words_of_clients_never_make_the_page_grow(start: Start) -> None:
 
     def nonsense(kind: str) -> bytes:
         word = "".join(chance.choices("abcxyzABC", k=9))
-        path = {"path": f"/{word}", "method": "/keepalive", "query": f"/lease?key={word}", "version": "/x"}[kind]
-        head = get(path, method=word if kind == "method" else "GET", version="3.1" if kind == "version" else "1.1")
-        return head if kind != "version" else head.replace(b"HTTP/3.1", b"HTTP/1.1\r\n" + word.encode())
+        path = {
+            "path": f"/{word}",
+            "method": "/keepalive",
+            "query": f"/lease?key={word}",
+            "version": "/x",
+        }[kind]
+        head = get(
+            path,
+            method=word if kind == "method" else "GET",
+            version="3.1" if kind == "version" else "1.1",
+        )
+        return (
+            head
+            if kind != "version"
+            else head.replace(b"HTTP/3.1", b"HTTP/1.1\r\n" + word.encode())
+        )
 
     def send(count: int) -> set[str]:
-        requests = [nonsense(kind) for kind in itertools.islice(itertools.cycle(["path", "method", "query"]), count)]
+        requests = [
+            nonsense(kind)
+            for kind in itertools.islice(itertools.cycle(["path", "method", "query"]), count)
+        ]
         with contextlib.closing(Talk(daemon)) as client:
             for first in range(0, count, 100):
                 client.say(b"".join(requests[first : first + 100]))
                 assert {client.answer().status for _ in requests[first : first + 100]} == {404, 405}
         assert {talk(daemon, nonsense("version")).status for _ in range(count // 100)} <= {400}
-        return {f"{name} {sorted(labels)}" for name, values in metrics(daemon).items() for labels in values}
+        return {
+            f"{name} {sorted(labels)}"
+            for name, values in metrics(daemon).items()
+            for labels in values
+        }
 
     daemon.request("GET", "/metrics")
     assert send(300) == send(10_000)
@@ -4075,7 +5267,9 @@ def test_a_member_that_nobody_asks_is_watched(cluster: Cluster, start: Start) ->
 
     kill(victim)
 
-    eventually(lambda: of_member(daemon, MEMBER_UP, victim.url) == 0, 5)  # within two seconds on a machine at rest
+    eventually(
+        lambda: of_member(daemon, MEMBER_UP, victim.url) == 0, 5
+    )  # within two seconds on a machine at rest
     assert of_member(daemon, MEMBER_ERRORS, victim.url) > 0
     assert [of_member(daemon, MEMBER_UP, url) for url in others] == [1, 1]
     cluster.heal()
@@ -4131,8 +5325,12 @@ class Profile:
         assert strings[0] == ""
         [sample_type] = map(decode, fields[1])
         self.type = strings[sample_type[1][0]], strings[sample_type[2][0]]
-        functions = {one[1][0]: (strings[one[2][0]], strings[one[4][0]]) for one in map(decode, fields[5])}
-        locations = {one[1][0]: functions[decode(one[4][0])[1][0]] for one in map(decode, fields[4])}
+        functions = {
+            one[1][0]: (strings[one[2][0]], strings[one[4][0]]) for one in map(decode, fields[5])
+        }
+        locations = {
+            one[1][0]: functions[decode(one[4][0])[1][0]] for one in map(decode, fields[4])
+        }
         assert 0 not in functions and 0 not in locations
         samples = map(decode, fields[2])
         self.samples = [(one[2][0], [locations[number] for number in one[1]]) for one in samples]
@@ -4162,7 +5360,9 @@ def load(daemon: Daemon, pool: Pool, body: str) -> Iterator[None]:
     stop, numbers = threading.Event(), itertools.count()
 
     def ask() -> None:
-        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", daemon.port, timeout=30)) as connection:
+        with contextlib.closing(
+            http.client.HTTPConnection("127.0.0.1", daemon.port, timeout=30)
+        ) as connection:
             while not stop.is_set():
                 connection.request("POST", "/lease", body.replace("@", str(next(numbers))))
                 connection.getresponse().read()
@@ -4211,14 +5411,23 @@ def test_a_cpu_profile_never_takes_a_thread_for_one_that_has_ended(start: Start)
     profile = Profile(daemon.request("GET", "/debug/pprof/profile?seconds=1"))
 
     def used(name: str) -> int:
-        return sum(value for value, stack in profile.samples if any(function == name for function, _ in stack))
+        return sum(
+            value
+            for value, stack in profile.samples
+            if any(function == name for function, _ in stack)
+        )
 
     assert all(0 < value < 2e9 for value, _ in profile.samples)
     assert used("burn") > 10 * used("rest")
 
 
-def test_a_heap_profile_shows_what_is_allocated_meanwhile_and_nothing_from_before(start: Start, pool: Pool) -> None:
-    daemon, large = start("mock", PPROF_ENABLED="true"), json.dumps({"key": "@", "value": "x" * 20_000})
+def test_a_heap_profile_shows_what_is_allocated_meanwhile_and_nothing_from_before(
+    start: Start, pool: Pool
+) -> None:
+    daemon, large = (
+        start("mock", PPROF_ENABLED="true"),
+        json.dumps({"key": "@", "value": "x" * 20_000}),
+    )
     for number in range(300):
         assert daemon.acquire(f"before {number}", value="x" * 20_000).status == 201
 
@@ -4250,7 +5459,9 @@ def test_the_stack_of_every_thread_is_shown_and_all_profiles_are_listed(profiled
 
     assert "MainThread" in text and "shared_lock.py:" in text
     assert "thread_stacks" in Profile(profiled.request("GET", "/debug/pprof/goroutine")).ours
-    assert index.status == 200 and all(name in index.text for name in ("profile", "heap", "goroutine"))
+    assert index.status == 200 and all(
+        name in index.text for name in ("profile", "heap", "goroutine")
+    )
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "x", "", "1e3", "99999999999", "0.5s"])
@@ -4262,48 +5473,72 @@ def test_a_profile_takes_a_number_of_seconds(profiled: Daemon, page: str, second
     one_line(answer, "seconds", f'"{seconds}"')
 
 
-def test_without_the_switch_no_tool_of_profiling_is_loaded(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_switch_no_tool_of_profiling_is_loaded(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")  # as python -X importtime
 
     quiet, profiled = start("mock"), start("mock", PPROF_ENABLED="true")
     quiet.acquire("k")
     profiled.request("GET", "/debug/pprof/heap?seconds=1")
 
-    assert re.search(r"\| +socket\n", quiet.log()) and not re.search(r"\| +(tracemalloc|gzip|etcd3gw)\n", quiet.log())
-    assert re.search(r"\| +tracemalloc\n", profiled.log()) and re.search(r"\| +gzip\n", profiled.log())
+    assert re.search(r"\| +socket\n", quiet.log()) and not re.search(
+        r"\| +(tracemalloc|gzip|etcd3gw)\n", quiet.log()
+    )
+    assert re.search(r"\| +tracemalloc\n", profiled.log()) and re.search(
+        r"\| +gzip\n", profiled.log()
+    )
 
 
 # == Life of the process =============================================================================================
 
 
 def test_help_names_every_variable_and_a_wrong_command_shows_the_usage() -> None:
-    shown, bare, wrong = run_module([SERVE[0], "--help"]), run_module(SERVE[:1]), run_module([SERVE[0], "sevre"])
+    shown, bare, wrong = (
+        run_module([SERVE[0], "--help"]),
+        run_module(SERVE[:1]),
+        run_module([SERVE[0], "sevre"]),
+    )
 
     assert (shown.returncode, bare.returncode, wrong.returncode) == (0, 2, 2)
     names = {shared_lock.variable(one.name) for one in dataclasses.fields(shared_lock.Config)}
     assert names <= set(shown.stdout.split()) and shown.stderr == ""
     usage = "usage: shared_lock.py [-h] [--version] {serve}"
-    assert all(text.startswith(usage) for text in (shown.stdout, bare.stderr, wrong.stderr)), shown.stdout
+    assert all(text.startswith(usage) for text in (shown.stdout, bare.stderr, wrong.stderr)), (
+        shown.stdout
+    )
     assert "sevre" in wrong.stderr
 
 
 def test_the_usage_ends_with_the_command_since_it_takes_no_more() -> None:
-    assert run_module(SERVE[:1]).stderr.splitlines()[0] == "usage: shared_lock.py [-h] [--version] {serve}"
+    assert (
+        run_module(SERVE[:1]).stderr.splitlines()[0]
+        == "usage: shared_lock.py [-h] [--version] {serve}"
+    )
 
 
 def test_the_version_is_told_in_one_word_that_all_others_repeat() -> None:
     told = run_module([SERVE[0], "--version"])
 
     assert (told.returncode, told.stderr) == (0, "")
-    assert re.fullmatch(r"shared-lock \d+\.\d+\.\d+\n", told.stdout)  # the log and the metrics tell VERSION, too
+    assert re.fullmatch(
+        r"shared-lock \d+\.\d+\.\d+\n", told.stdout
+    )  # the log and the metrics tell VERSION, too
     assert told.stdout.split() == ["shared-lock", shared_lock.VERSION]
 
 
-@pytest.mark.parametrize("family, taken, host", [
-    (socket.AF_INET, "127.0.0.1", "127.0.0.1"), (socket.AF_INET, "", ""), (socket.AF_INET6, "::", ""),
-    (socket.AF_INET, "127.0.0.1", ""),
-])  # fmt: skip
-def test_a_port_that_is_taken_is_status_1_and_one_line(family: socket.AddressFamily, taken: str, host: str) -> None:
+@pytest.mark.parametrize(
+    "family, taken, host",
+    [
+        (socket.AF_INET, "127.0.0.1", "127.0.0.1"),
+        (socket.AF_INET, "", ""),
+        (socket.AF_INET6, "::", ""),
+        (socket.AF_INET, "127.0.0.1", ""),
+    ],
+)
+def test_a_port_that_is_taken_is_status_1_and_one_line(
+    family: socket.AddressFamily, taken: str, host: str
+) -> None:
     with socket.create_server((taken, 0), family=family) as other:
         port = str(other.getsockname()[1])
         ended = run_module(SERVE, STORAGE_TYPE="mock", SERVER_HOST=host, SERVER_PORT=port)
@@ -4312,8 +5547,16 @@ def test_a_port_that_is_taken_is_status_1_and_one_line(family: socket.AddressFam
     assert port in ended.stderr
 
 
-def test_the_file_alone_serves_the_mock_and_says_what_etcd_needs(start: Start, tmp_path: Path) -> None:
-    alone = [PYTHON, "-I", "-S", str(shutil.copy(HERE / "shared_lock.py", tmp_path / "lock.py")), "serve"]
+def test_the_file_alone_serves_the_mock_and_says_what_etcd_needs(
+    start: Start, tmp_path: Path
+) -> None:
+    alone = [
+        PYTHON,
+        "-I",
+        "-S",
+        str(shutil.copy(HERE / "shared_lock.py", tmp_path / "lock.py")),
+        "serve",
+    ]
 
     answer = start("mock", command=alone).acquire("k")
     ended = run_module(alone[1:])
@@ -4354,7 +5597,9 @@ def test_it_starts_where_it_may_not_choose_its_cpu(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stop_loses_no_request_and_answers_tell_of_it(start: Start, key: str, pool: Pool, number: int) -> None:
+def test_a_stop_loses_no_request_and_answers_tell_of_it(
+    start: Start, key: str, pool: Pool, number: int
+) -> None:
     daemon = start("mock", SERVER_SHUTDOWN_TIMEOUT="30s")
     silent, late = ([Talk(daemon, HEALTH) for _ in range(10)] for _ in range(2))
     assert {client.answer().status for client in (*silent, *late)} == {200}
@@ -4375,7 +5620,9 @@ def test_a_stop_loses_no_request_and_answers_tell_of_it(start: Start, key: str, 
     eventually(lambda: daemon.log().count("event=granted") > 200)
     started = time.monotonic()
     daemon.process.send_signal(number)
-    time.sleep(0.2)  # a proxy in front may not know of the stop yet: half a second is left to its requests
+    time.sleep(
+        0.2
+    )  # a proxy in front may not know of the stop yet: half a second is left to its requests
     for client in (*late, *halves):
         client.say(HEALTH if client in late else b"\r\n")
     answers = [client.answer() for client in (*late, *halves)]
@@ -4388,7 +5635,9 @@ def test_a_stop_loses_no_request_and_answers_tell_of_it(start: Start, key: str, 
 
 
 @pytest.mark.parametrize("timeout", ["30s", "0"])  # 0 is none
-def test_a_stop_refuses_new_clients_and_waits_for_those_in_flight(start: Start, key: str, timeout: str) -> None:
+def test_a_stop_refuses_new_clients_and_waits_for_those_in_flight(
+    start: Start, key: str, timeout: str
+) -> None:
     daemon = start("mock", SERVER_SHUTDOWN_TIMEOUT=timeout)
     half = Talk(daemon, b"GET /health")
     daemon.acquire(key)
@@ -4407,7 +5656,9 @@ def test_a_stop_refuses_new_clients_and_waits_for_those_in_flight(start: Start, 
         return True
 
     eventually(refused)
-    assert {(answer.status, answer.text, answer.headers["connection"]) for answer in answers} == {(202, "0", "close")}
+    assert {(answer.status, answer.text, answer.headers["connection"]) for answer in answers} == {
+        (202, "0", "close")
+    }
     time.sleep(1)  # twice as long as silent connections are kept
     assert elapsed < 10 and daemon.process.poll() is None
     half.say(b" HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -4444,7 +5695,9 @@ def test_a_signal_that_another_thread_receives_stops_it_as_well(start: Start) ->
 
 
 def test_what_is_left_at_the_shutdown_timeout_is_cut_and_named(start: Start) -> None:
-    daemon = start("mock", SERVER_SHUTDOWN_TIMEOUT="1s", SERVER_READ_TIMEOUT="60s", PPROF_ENABLED="true")
+    daemon = start(
+        "mock", SERVER_SHUTDOWN_TIMEOUT="1s", SERVER_READ_TIMEOUT="60s", PPROF_ENABLED="true"
+    )
     busy = Talk(daemon, get("/debug/pprof/profile?seconds=30"))
     half = Talk(daemon, HEALTH + b"POST /le")
     assert half.answer().status == 200
@@ -4457,7 +5710,9 @@ def test_what_is_left_at_the_shutdown_timeout_is_cut_and_named(start: Start) -> 
     cut = [line for line in daemon.log().splitlines() if "cut" in line]
     assert len(cut) == 2
     assert any(str(busy.port) in line and "GET /debug/pprof/profile" in line for line in cut)
-    assert any(str(half.port) in line and "/health" not in line for line in cut)  # that one was answered
+    assert any(
+        str(half.port) in line and "/health" not in line for line in cut
+    )  # that one was answered
 
 
 @pytest.mark.parametrize("round_", range(4))
@@ -4576,21 +5831,36 @@ class Clients:
         return [call for call in self.calls if call.began > moment]
 
     def _run(self) -> None:
-        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self._daemon.port, timeout=30)) as connection:
+        with contextlib.closing(
+            http.client.HTTPConnection("127.0.0.1", self._daemon.port, timeout=30)
+        ) as connection:
             while not self._stop.wait(0.02):
                 key, value = random.choice(self._keys), f"try {next(self._tries)}"
-                got = self._ask(connection, "acquire", json.dumps({"key": key, "value": value}), key, value)
+                got = self._ask(
+                    connection, "acquire", json.dumps({"key": key, "value": value}), key, value
+                )
                 if got.status == 201:
                     self._ask(connection, "keepalive", got.text, key, value)
                     self._stop.wait(random.uniform(0, 0.05))
                     self._ask(connection, "release", got.text, key, value)
 
-    def _ask(self, connection: http.client.HTTPConnection, operation: str, body: str, key: str, value: str) -> Call:
+    def _ask(
+        self,
+        connection: http.client.HTTPConnection,
+        operation: str,
+        body: str,
+        key: str,
+        value: str,
+    ) -> Call:
         began, status, text, token = time.monotonic(), 0, "", 0
         try:
             connection.request(*self.ROUTES[operation], body, {"x-lease-ttl": "3s"})
             answer = connection.getresponse()
-            status, text, token = answer.status, answer.read().decode(), int(answer.headers["x-fencing-token"] or 0)
+            status, text, token = (
+                answer.status,
+                answer.read().decode(),
+                int(answer.headers["x-fencing-token"] or 0),
+            )
         except (OSError, http.client.HTTPException) as fault:
             text = repr(fault)
             connection.close()
@@ -4626,10 +5896,17 @@ class History:
     def _watch(member: Etcd) -> Iterator[Event]:
         end = b"/shared-lock-end"
         member.put(end)
-        wish = {"key": base64.b64encode(end).decode(), "range_end": base64.b64encode(b"/shared-lock0").decode()}
+        wish = {
+            "key": base64.b64encode(end).decode(),
+            "range_end": base64.b64encode(b"/shared-lock0").decode(),
+        }
         last = int(member.call("/kv/range", {"key": wish["key"]})["kvs"][0]["mod_revision"])
-        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", member.port, timeout=20)) as connection:
-            connection.request("POST", "/v3/watch", json.dumps({"create_request": {**wish, "start_revision": 1}}))
+        with contextlib.closing(
+            http.client.HTTPConnection("127.0.0.1", member.port, timeout=20)
+        ) as connection:
+            connection.request(
+                "POST", "/v3/watch", json.dumps({"create_request": {**wish, "start_revision": 1}})
+            )
             answer = connection.getresponse()
             while line := answer.readline():
                 for change in json.loads(line)["result"].get("events", []):
@@ -4639,7 +5916,12 @@ class History:
                         return
                     if key.startswith(PREFIX):
                         value = base64.b64decode(kv.get("value", "")).decode()
-                        yield Event(key.removeprefix(PREFIX).decode(), revision, int(kv.get("lease", 0)), value)
+                        yield Event(
+                            key.removeprefix(PREFIX).decode(),
+                            revision,
+                            int(kv.get("lease", 0)),
+                            value,
+                        )
         raise AssertionError("the watch ended early")
 
     def check(self, calls: list[Call]) -> None:
@@ -4647,11 +5929,15 @@ class History:
         for change in self.events:
             by_key[change.key].append(change)
         for changes in by_key.values():
-            assert all(bool(change.lease) == (place % 2 == 0) for place, change in enumerate(changes)), changes
+            assert all(
+                bool(change.lease) == (place % 2 == 0) for place, change in enumerate(changes)
+            ), changes
         granted = [call for call in calls if call.operation == "acquire" and call.status == 201]
         puts = {(change.key, change.revision): change for change in self.events if change.lease}
         for call in granted:
-            assert puts[call.key, call.token] == Event(call.key, call.token, int(call.text), call.value), call
+            assert puts[call.key, call.token] == Event(
+                call.key, call.token, int(call.text), call.value
+            ), call
         assert len({(call.key, call.token) for call in granted}) == len(granted) > 0
         latest: dict[str, Call] = {}
         for call in sorted(granted, key=lambda call: call.token):
@@ -4665,7 +5951,11 @@ class History:
             if call.operation == "acquire" and call.status == 500:
                 assert call.text.startswith(("not acquired: ", "outcome unknown: ")), call
         gone = {call.body for call in calls if call.operation == "keepalive" and call.status == 204}
-        wrong = [call for call in calls if call.operation == "release" and call.status == 200 and call.body in gone]
+        wrong = [
+            call
+            for call in calls
+            if call.operation == "release" and call.status == 200 and call.body in gone
+        ]
         assert not wrong, f"told gone, and released then: {wrong}"
 
 
@@ -4716,14 +6006,18 @@ def test_clients_are_served_again_within_seconds_of_the_loss_of_a_member(
         assert any(call.status == 201 for call in after)
         assert not [call for call in after if call.status in (0, 500)]
         assert not [call for call in clients.calls if call.status == 0]
-        assert len([call for call in after if call.ended - call.began > 1]) < 3  # a try of a frozen one takes 1.25 s
+        assert (
+            len([call for call in after if call.ended - call.began > 1]) < 3
+        )  # a try of a frozen one takes 1.25 s
         History(healthy).check(clients.calls)
         eventually(lambda: no_leases_left(healthy), 20)
     finally:
         cluster.heal()
 
 
-def test_without_a_quorum_answers_say_what_is_known(cluster: Cluster, start: Start, key: str) -> None:
+def test_without_a_quorum_answers_say_what_is_known(
+    cluster: Cluster, start: Start, key: str
+) -> None:
     daemon = start(cluster.urls, ETCD_TIMEOUT="1s")
     lease = daemon.acquire(key, "120s").text
 
@@ -4732,7 +6026,11 @@ def test_without_a_quorum_answers_say_what_is_known(cluster: Cluster, start: Sta
         for member in cluster.members[:2]:
             member.stop()
         time.sleep(2.5)
-        answers = [daemon.keep_alive(lease), daemon.release("12345"), daemon.acquire(f"{key}-alone")]
+        answers = [
+            daemon.keep_alive(lease),
+            daemon.release("12345"),
+            daemon.acquire(f"{key}-alone"),
+        ]
         ready = daemon.request("GET", "/ready")
         cluster.heal()
         healed = time.monotonic()
@@ -4749,7 +6047,9 @@ def test_without_a_quorum_answers_say_what_is_known(cluster: Cluster, start: Sta
     eventually(lambda: no_leases_left(cluster.members[0]), 20)
 
 
-def test_while_every_member_is_restarted_in_turn_nothing_is_lost(cluster: Cluster, start: Start, key: str) -> None:
+def test_while_every_member_is_restarted_in_turn_nothing_is_lost(
+    cluster: Cluster, start: Start, key: str
+) -> None:
     daemon = start(cluster.urls)
     lock = daemon.acquire(key, "120s")
 
@@ -4765,12 +6065,18 @@ def test_while_every_member_is_restarted_in_turn_nothing_is_lost(cluster: Cluste
 
     assert {call.status for call in after} <= {200, 201, 202}
     assert not [call for call in clients.calls if call.status == 0]
-    assert cluster.members[0].key(key) == {"create_revision": lock.token, "lease": int(lock.text), "value": b""}
+    assert cluster.members[0].key(key) == {
+        "create_revision": lock.token,
+        "lease": int(lock.text),
+        "value": b"",
+    }
     History(cluster.members[1]).check(clients.calls)
     assert daemon.release(lock.text).status == 200
 
 
-def test_a_frozen_member_is_used_again_when_it_is_well(cluster: Cluster, start: Start, key: str) -> None:
+def test_a_frozen_member_is_used_again_when_it_is_well(
+    cluster: Cluster, start: Start, key: str
+) -> None:
     victim = cluster.follower()
     daemon = start_on(start, cluster, victim)
 
@@ -4797,10 +6103,15 @@ def ask_about(daemon: Daemon, what: str, key: str, lease: str) -> Answer:
 
 
 @pytest.mark.parametrize("then", ["well", "no-leader"])
-@pytest.mark.parametrize("what, path", [
-    ("keepalive", "/v3/lease/keepalive"), ("acquire again", "/v3/lease/keepalive"), ("look", "/v3/lease/timetolive"),
-    ("release", "/v3/lease/timetolive"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "what, path",
+    [
+        ("keepalive", "/v3/lease/keepalive"),
+        ("acquire again", "/v3/lease/keepalive"),
+        ("look", "/v3/lease/timetolive"),
+        ("release", "/v3/lease/timetolive"),
+    ],
+)
 def test_who_says_once_that_a_living_lease_is_gone_is_not_believed(
     etcd: Etcd, proxy: Proxy, start: Start, key: str, what: str, path: str, then: str
 ) -> None:
@@ -4813,12 +6124,20 @@ def test_who_says_once_that_a_living_lease_is_gone_is_not_believed(
 
     assert answer.status == (201 if what == "acquire again" else 200)
     asked = proxy.looked[proxy.looked.index((path, "gone"), seen) :]
-    assert (Proxy.LOOK, then) in asked[1 : asked.index((path, ""))]  # a linearizable read comes in between
-    assert what == "release" or etcd.key(key) == {"create_revision": lock.token, "lease": int(lock.text), "value": b""}
+    assert (Proxy.LOOK, then) in asked[
+        1 : asked.index((path, ""))
+    ]  # a linearizable read comes in between
+    assert what == "release" or etcd.key(key) == {
+        "create_revision": lock.token,
+        "lease": int(lock.text),
+        "value": b"",
+    }
 
 
 @pytest.mark.parametrize("what, status", [("keepalive", 204), ("release", 204), ("look", 404)])
-def test_a_lease_that_is_gone_is_told_so(on_etcd: Daemon, etcd: Etcd, key: str, what: str, status: int) -> None:
+def test_a_lease_that_is_gone_is_told_so(
+    on_etcd: Daemon, etcd: Etcd, key: str, what: str, status: int
+) -> None:
     lease = on_etcd.acquire(key).text
 
     etcd.call("/lease/revoke", {"ID": lease})
@@ -4832,7 +6151,9 @@ def test_a_leader_that_wakes_up_tells_nobody_that_a_living_lease_is_gone(
     leader, other = cluster.leader(), start(cluster.follower().url, ETCD_TIMEOUT="10s")
     daemon, ways = start(leader.url, ETCD_TIMEOUT="20s"), ("keepalive", "release", "look")
     assert eventually(daemon.ready) and eventually(other.ready)
-    together(48, lambda number: daemon.release(f"{number + 1}"))  # opens connections that are used when it wakes up
+    together(
+        48, lambda number: daemon.release(f"{number + 1}")
+    )  # opens connections that are used when it wakes up
 
     try:
         freeze(leader)
@@ -4851,7 +6172,9 @@ def test_a_leader_that_wakes_up_tells_nobody_that_a_living_lease_is_gone(
 
     assert set(statuses) <= {200, 500} and 200 in statuses
     for number, lease in enumerate(locks):
-        assert other.release(lease).status == (204 if number % 3 == 1 and statuses[number] == 200 else 200)
+        assert other.release(lease).status == (
+            204 if number % 3 == 1 and statuses[number] == 200 else 200
+        )
 
 
 # == Faults: requests, answers and connections that break ============================================================
@@ -4866,7 +6189,9 @@ ACTIONS = ["drop-request", "drop-answer", "cut", "late", "hold", "surplus", "503
 def test_a_call_that_breaks_is_repeated_and_the_lock_is_ours_with_one_lease(
     etcd: Etcd, proxy: Proxy, start: Start, key: str, action: str, times: int, path: str
 ) -> None:
-    daemon = start(proxy.url, ETCD_TIMEOUT="5s" if action != "late" else f"{Proxy.LATE_SECONDS * 1.6}s")
+    daemon = start(
+        proxy.url, ETCD_TIMEOUT="5s" if action != "late" else f"{Proxy.LATE_SECONDS * 1.6}s"
+    )
     eventually(lambda: proxy.looked)
     before = etcd.leases()
 
@@ -4874,15 +6199,23 @@ def test_a_call_that_breaks_is_repeated_and_the_lock_is_ours_with_one_lease(
     answer = daemon.acquire(key)
 
     assert answer.status == 201
-    assert etcd.key(key) == {"create_revision": answer.token, "lease": int(answer.text), "value": b""}
+    assert etcd.key(key) == {
+        "create_revision": answer.token,
+        "lease": int(answer.text),
+        "value": b"",
+    }
     assert etcd.leases() - before == {int(answer.text)}
     assert (path, action) in proxy.seen
     assert proxy.reused == []
 
 
 @pytest.mark.parametrize("action", ACTIONS)
-def test_keepalive_and_release_are_repeated_too(etcd: Etcd, proxy: Proxy, start: Start, key: str, action: str) -> None:
-    daemon = start(proxy.url, ETCD_TIMEOUT="5s" if action != "late" else f"{Proxy.LATE_SECONDS * 1.6}s")
+def test_keepalive_and_release_are_repeated_too(
+    etcd: Etcd, proxy: Proxy, start: Start, key: str, action: str
+) -> None:
+    daemon = start(
+        proxy.url, ETCD_TIMEOUT="5s" if action != "late" else f"{Proxy.LATE_SECONDS * 1.6}s"
+    )
     lease = daemon.acquire(key).text
 
     proxy.rule = ("/v3/lease/keepalive", action, 1)
@@ -4895,7 +6228,9 @@ def test_keepalive_and_release_are_repeated_too(etcd: Etcd, proxy: Proxy, start:
     assert proxy.rule is None
 
 
-def test_a_claim_is_only_sent_once_its_lease_is_granted(proxy: Proxy, start: Start, key: str) -> None:
+def test_a_claim_is_only_sent_once_its_lease_is_granted(
+    proxy: Proxy, start: Start, key: str
+) -> None:
     """If both came late, from a member that froze, they would take the key once more after its release."""
     daemon = start(proxy.url)
     eventually(lambda: proxy.looked)
@@ -4906,20 +6241,30 @@ def test_a_claim_is_only_sent_once_its_lease_is_granted(proxy: Proxy, start: Sta
     answer = daemon.acquire(key)
 
     assert answer.status == 201
-    assert proxy.seen[seen:] == [("/v3/kv/range", ""), ("/v3/lease/grant", "hold"), ("/v3/kv/txn", "")]
+    assert proxy.seen[seen:] == [
+        ("/v3/kv/range", ""),
+        ("/v3/lease/grant", "hold"),
+        ("/v3/kv/txn", ""),
+    ]
 
 
 def test_a_claim_whose_lease_has_ended_harms_no_other(
     etcd: Etcd, proxy: Proxy, start: Start, key: str, pool: Pool
 ) -> None:
     daemon, before = start(proxy.url, ETCD_TIMEOUT="6s"), etcd.leases()
-    proxy.rules(("/v3/kv/txn", "wait", 1), ("/v3/kv/txn", "hold", 10**6))  # HOLD_SECONDS each: too slow for one by one
+    proxy.rules(
+        ("/v3/kv/txn", "wait", 1), ("/v3/kv/txn", "hold", 10**6)
+    )  # HOLD_SECONDS each: too slow for one by one
     callers = [pool.submit(daemon.acquire, key)]
     eventually(lambda: ("/v3/kv/txn", "wait") in proxy.seen)
-    callers += [pool.submit(daemon.acquire, f"{key}-{n}", "2s" if n == 20 else "60s") for n in range(40)]
+    callers += [
+        pool.submit(daemon.acquire, f"{key}-{n}", "2s" if n == 20 else "60s") for n in range(40)
+    ]
 
     new = eventually(lambda: len(found := etcd.leases() - before) == 41 and found)
-    [short] = [lease for lease in new if etcd.call("/lease/timetolive", {"ID": lease})["grantedTTL"] == "2"]
+    [short] = [
+        lease for lease in new if etcd.call("/lease/timetolive", {"ID": lease})["grantedTTL"] == "2"
+    ]
     etcd.call("/lease/revoke", {"ID": short})
     proxy.go_on.set()
 
@@ -4941,7 +6286,9 @@ def test_an_answer_says_no_more_than_is_known_and_no_lease_stays(
     proxy.rule = None
 
     assert answer.status == 500
-    assert answer.text.startswith(("outcome unknown: ", "not acquired: ") if not found else "outcome unknown: ")
+    assert answer.text.startswith(
+        ("outcome unknown: ", "not acquired: ") if not found else "outcome unknown: "
+    )
     eventually(lambda: not etcd.leases() - before, 5)  # in the background, long before its ttl
 
 
@@ -4957,18 +6304,29 @@ def test_after_a_first_try_that_died_half_way_the_second_has_the_lock_with_one_l
     first = acquire_as(daemon, lease_id, key)
     taken = etcd.key(key)
     proxy.rule = None
-    second = eventually(lambda: (answer := acquire_as(daemon, lease_id, key)).status == 201 and answer)
+    second = eventually(
+        lambda: (answer := acquire_as(daemon, lease_id, key)).status == 201 and answer
+    )
 
     assert (first.status, second.text) == (500, str(lease_id))
     assert etcd.key(key) == {"create_revision": second.token, "lease": lease_id, "value": b""}
-    assert taken in (None, etcd.key(key)) and bool(taken) == ((path, action) == ("/v3/kv/txn", "drop-answer"))
+    assert taken in (None, etcd.key(key)) and bool(taken) == (
+        (path, action) == ("/v3/kv/txn", "drop-answer")
+    )
     assert etcd.leases() - before == {lease_id}
 
 
 @pytest.mark.parametrize("path", ["/v3/lease/grant", "/v3/kv/txn"])
 @pytest.mark.parametrize("chosen", [True, False])
 def test_what_a_lost_answer_may_have_given_is_taken_back_only_from_who_cannot_ask_again(
-    on_etcd: Daemon, etcd: Etcd, proxy: Proxy, start: Start, key: str, lease_id: int, chosen: bool, path: str
+    on_etcd: Daemon,
+    etcd: Etcd,
+    proxy: Proxy,
+    start: Start,
+    key: str,
+    lease_id: int,
+    chosen: bool,
+    path: str,
 ) -> None:
     daemon, before = start(proxy.url), etcd.leases()
 
@@ -4985,14 +6343,24 @@ def test_what_a_lost_answer_may_have_given_is_taken_back_only_from_who_cannot_as
 
 
 @pytest.mark.parametrize("action", [action for action in ACTIONS if action != "late"])
-@pytest.mark.parametrize("path", [
-    "/v3/kv/range", "/v3/lease/keepalive", "/v3/lease/grant", "/v3/lease/timetolive", "/v3/kv/txn"
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v3/kv/range",
+        "/v3/lease/keepalive",
+        "/v3/lease/grant",
+        "/v3/lease/timetolive",
+        "/v3/kv/txn",
+    ],
+)
 def test_a_repetition_whose_own_calls_break_is_answered_alike(
     etcd: Etcd, proxy: Proxy, start: Start, key: str, lease_id: int, action: str, path: str
 ) -> None:
     daemon = start(proxy.url)
-    holds = path in ("/v3/kv/range", "/v3/lease/keepalive")  # in the others a first try left a lease without a key
+    holds = path in (
+        "/v3/kv/range",
+        "/v3/lease/keepalive",
+    )  # in the others a first try left a lease without a key
     etcd.call("/lease/grant", {"ID": lease_id, "TTL": 60})
     if holds:
         etcd.put(b"/shared-lock/" + key.encode(), b"", lease_id)
@@ -5002,11 +6370,15 @@ def test_a_repetition_whose_own_calls_break_is_answered_alike(
     answer = acquire_as(daemon, lease_id, key)
 
     assert (answer.status, answer.text, (path, action) in proxy.seen) == (201, str(lease_id), True)
-    assert etcd.key(key) == (taken or {"create_revision": answer.token, "lease": lease_id, "value": b""})
+    assert etcd.key(key) == (
+        taken or {"create_revision": answer.token, "lease": lease_id, "value": b""}
+    )
     assert etcd.leases() <= before
 
 
-def test_who_lost_the_answer_on_its_way_asks_again_and_has_the_lock(daemon: Daemon, key: str, lease_id: int) -> None:
+def test_who_lost_the_answer_on_its_way_asks_again_and_has_the_lock(
+    daemon: Daemon, key: str, lease_id: int
+) -> None:
     lossy = Proxy(daemon)
     lossy.rule = ("/lease", "drop-answer", 1)
     headers = {"x-lease-id": str(lease_id)}
@@ -5061,7 +6433,9 @@ def test_keepalive_says_204_only_when_etcd_knows_that_the_lease_is_gone(
     assert (well.status, gone.status) == (200, 204)
 
 
-def test_after_a_restart_of_etcd_the_first_request_succeeds(own_etcd: Etcd, start: Start, key: str) -> None:
+def test_after_a_restart_of_etcd_the_first_request_succeeds(
+    own_etcd: Etcd, start: Start, key: str
+) -> None:
     daemon = start(own_etcd.url)
     together(8, lambda number: daemon.acquire(f"{key}-{number}"))  # leaves several kept connections
     lease = daemon.acquire(key).text
@@ -5073,12 +6447,16 @@ def test_after_a_restart_of_etcd_the_first_request_succeeds(own_etcd: Etcd, star
     assert "etcd member failed" not in daemon.log()
 
 
-def test_the_timeout_bounds_callers_queued_behind_a_hanging_call_too(own_etcd: Etcd, start: Start, key: str) -> None:
+def test_the_timeout_bounds_callers_queued_behind_a_hanging_call_too(
+    own_etcd: Etcd, start: Start, key: str
+) -> None:
     daemon = start(own_etcd.url, ETCD_TIMEOUT="2s")
     lease = daemon.acquire(key).text
 
     freeze(own_etcd)
-    answers = together(30, lambda n: daemon.keep_alive(lease) if n % 2 else daemon.acquire(f"{key}-{n}"))
+    answers = together(
+        30, lambda n: daemon.keep_alive(lease) if n % 2 else daemon.acquire(f"{key}-{n}")
+    )
     own_etcd.signal(signal.SIGCONT)
 
     assert {answer.status for _, answer in answers} == {500}
@@ -5087,7 +6465,9 @@ def test_the_timeout_bounds_callers_queued_behind_a_hanging_call_too(own_etcd: E
     eventually(lambda: own_etcd.leases() == {int(lease)}, 20)
 
 
-def test_with_etcd_out_of_space_acquire_says_so_and_release_still_works(tmp_path: Path, start: Start, key: str) -> None:
+def test_with_etcd_out_of_space_acquire_says_so_and_release_still_works(
+    tmp_path: Path, start: Start, key: str
+) -> None:
     with Etcd(tmp_path, "full", None, "--quota-backend-bytes", str(1 << 20)) as etcd:
         daemon = start(etcd.url)
         lease = daemon.acquire(key).text
@@ -5112,13 +6492,21 @@ def test_with_etcd_out_of_space_acquire_says_so_and_release_still_works(tmp_path
 class Runner:
     """`python example.py … -- command` as a child process, under another command if one is given."""
 
-    def __init__(self, folder: Path, *arguments: str, under: Sequence[str] = (), **more: Any) -> None:
+    def __init__(
+        self, folder: Path, *arguments: str, under: Sequence[str] = (), **more: Any
+    ) -> None:
         self.err_path = folder / f"runner-{next(_numbers)}.err"
         self.out_path = self.err_path.with_suffix(".out")
         command = [*under, PYTHON, str(HERE / "example.py"), *arguments]
-        more = {"env": clean_env(), "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **more}
+        more = {
+            "env": clean_env(),
+            "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            **more,
+        }
         with open(self.out_path, "wb") as out, open(self.err_path, "wb") as err:
-            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, **more)
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, **more
+            )
 
     def out(self) -> str:
         return self.out_path.read_text()
@@ -5139,8 +6527,20 @@ def run(folder: Path, on_memory: Daemon, key: str) -> Iterator[Callable[..., Run
     """
     started: list[Runner] = []
 
-    def start_one(*command: str, ttl: str = "60s", on: str = "", options: Sequence[str] = (), **more: Any) -> Runner:
-        arguments = ["--url", on or on_memory.url, "--key", key, "--ttl", ttl, *options, "--", *command]
+    def start_one(
+        *command: str, ttl: str = "60s", on: str = "", options: Sequence[str] = (), **more: Any
+    ) -> Runner:
+        arguments = [
+            "--url",
+            on or on_memory.url,
+            "--key",
+            key,
+            "--ttl",
+            ttl,
+            *options,
+            "--",
+            *command,
+        ]
         started.append(Runner(folder, *arguments, **more))
         return started[-1]
 
@@ -5181,7 +6581,9 @@ def beats(beat: Path) -> bool:
 
 
 # Beats every 50 ms, in a grandchild that does not care for SIGTERM; "$0" is the file that shows when it last did.
-STUBBORN = "(trap '' TERM; while :; do echo >\"$0\"; sleep 0.05; done) & echo $SHARED_LOCK_LEASE; wait"
+STUBBORN = (
+    "(trap '' TERM; while :; do echo >\"$0\"; sleep 0.05; done) & echo $SHARED_LOCK_LEASE; wait"
+)
 
 
 class StandIn(http.server.ThreadingHTTPServer):
@@ -5195,8 +6597,14 @@ class StandIn(http.server.ThreadingHTTPServer):
 
     def __init__(self, granted: str, answers: dict[str, list[str]]) -> None:
         super().__init__(("127.0.0.1", 0), StandInHandler)
-        self.url, self.granted, self.answers = f"http://127.0.0.1:{self.server_port}", granted, answers
-        self.requests: list[tuple[str, dict[str, str], str]] = []  # what was asked for, headers, body
+        self.url, self.granted, self.answers = (
+            f"http://127.0.0.1:{self.server_port}",
+            granted,
+            answers,
+        )
+        self.requests: list[
+            tuple[str, dict[str, str], str]
+        ] = []  # what was asked for, headers, body
         self.before_answer: Callable[[], object] = lambda: None
 
     def asked(self, what: str = "") -> list[str]:
@@ -5204,7 +6612,11 @@ class StandIn(http.server.ThreadingHTTPServer):
 
     def ids(self) -> list[str]:
         """Of the requests for the lock, and to release it."""
-        return [headers.get("x-lease-id", body) for what, headers, body in self.requests if what.endswith(" /lease")]
+        return [
+            headers.get("x-lease-id", body)
+            for what, headers, body in self.requests
+            if what.endswith(" /lease")
+        ]
 
     def handle_error(self, *about: object) -> None:
         """The runner hung up."""
@@ -5216,9 +6628,13 @@ class StandInHandler(http.server.BaseHTTPRequestHandler):
     def answer(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
         what = f"{self.command} {self.path.partition('?')[0]}"
-        self.server.requests.append((what, {name.lower(): value for name, value in self.headers.items()}, body))
+        self.server.requests.append(
+            (what, {name.lower(): value for name, value in self.headers.items()}, body)
+        )
         self.server.before_answer()
-        usual = {"POST /lease": f"201 {self.headers['x-lease-id']}", "GET /lease": "404"}.get(what, "200")
+        usual = {"POST /lease": f"201 {self.headers['x-lease-id']}", "GET /lease": "404"}.get(
+            what, "200"
+        )
         say = self.server.answers[what].pop(0) if self.server.answers.get(what) else usual
         status, _, text = say.partition(" ")
         while say == "silent":
@@ -5240,7 +6656,9 @@ class StandInHandler(http.server.BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def stand_in(granted: str = "60s", tls: Path | None = None, **answers: list[str]) -> Iterator[StandIn]:
+def stand_in(
+    granted: str = "60s", tls: Path | None = None, **answers: list[str]
+) -> Iterator[StandIn]:
     """stand_in(acquire=[…], keepalive=[…], release=[…], holder=[…]); with `tls`, a certificate and its key."""
     paths = {
         "acquire": "POST /lease",
@@ -5264,7 +6682,9 @@ def wanted(url: str = "http://127.0.0.1:1", granted: str = "") -> example.Lock:
     options = argparse.Namespace(url=url, key="k", ttl=60.0, token_file=None, ca_file=None)
     lock = example.Lock(options)
     if granted:
-        assert lock._granted("4711", {"x-lease-ttl": granted, "x-fencing-token": "1"}, example.now())
+        assert lock._granted(
+            "4711", {"x-lease-ttl": granted, "x-fencing-token": "1"}, example.now()
+        )
     return lock
 
 
@@ -5285,7 +6705,9 @@ def test_the_command_runs_under_the_lock_and_its_exit_status_is_handed_on(
     assert runner.err() == ""
 
 
-def test_while_the_command_runs_its_lock_is_held_far_beyond_the_ttl(on_memory: Daemon, run: Run, key: str) -> None:
+def test_while_the_command_runs_its_lock_is_held_far_beyond_the_ttl(
+    on_memory: Daemon, run: Run, key: str
+) -> None:
     runner = run(*sh("echo $SHARED_LOCK_FENCING_TOKEN; sleep 5"), ttl="3s")
     token = int(eventually(runner.out))
 
@@ -5300,10 +6722,15 @@ def test_while_the_command_runs_its_lock_is_held_far_beyond_the_ttl(on_memory: D
 def test_the_ttl_that_counts_is_the_granted_one(run: Run) -> None:
     with stand_in(granted="60s") as service:
         assert run(*sh("sleep 2"), ttl="2s", on=service.url).wait() == 0
-        assert service.asked() == ["POST /lease", "DELETE /lease"]  # a third of 2 s has passed, of 60 s it has not
+        assert service.asked() == [
+            "POST /lease",
+            "DELETE /lease",
+        ]  # a third of 2 s has passed, of 60 s it has not
 
 
-def test_of_three_runners_at_once_only_one_at_a_time_runs_its_command(run: Run, folder: Path) -> None:
+def test_of_three_runners_at_once_only_one_at_a_time_runs_its_command(
+    run: Run, folder: Path
+) -> None:
     diary = folder / "diary"
     line = "echo in $SHARED_LOCK_FENCING_TOKEN >>$0; sleep 0.5; echo out $SHARED_LOCK_FENCING_TOKEN >>$0"
 
@@ -5356,7 +6783,9 @@ def test_a_lock_that_is_not_to_be_had_gives_the_conflict_status_and_says_who_has
     assert re.fullmatch(r"example.py: held by 'alice', (59|60) s left\n", runner.err())
 
 
-def test_a_lock_that_gets_free_within_the_wait_is_taken(on_memory: Daemon, run: Run, key: str) -> None:
+def test_a_lock_that_gets_free_within_the_wait_is_taken(
+    on_memory: Daemon, run: Run, key: str
+) -> None:
     other = on_memory.acquire(key).text
     runner = run("echo", "ran", options=["--wait", "30s"])
     eventually(runner.err)
@@ -5435,17 +6864,25 @@ def test_a_frozen_service_stops_the_command_and_all_of_its_group_before_the_leas
     assert "could not be kept alive in time" in runner.err()
 
 
-@pytest.mark.parametrize("keepalives", [["silent"], ["500 no answer in 1 s", "500 no answer in 2 s"]])
-def test_keepalives_that_fail_alike_stop_nothing_and_are_told_once(run: Run, keepalives: list[str]) -> None:
+@pytest.mark.parametrize(
+    "keepalives", [["silent"], ["500 no answer in 1 s", "500 no answer in 2 s"]]
+)
+def test_keepalives_that_fail_alike_stop_nothing_and_are_told_once(
+    run: Run, keepalives: list[str]
+) -> None:
     with stand_in("6s", keepalive=keepalives) as service:
         runner = run("sleep", "4", on=service.url)
 
         assert runner.wait() == 0
         assert len(service.asked("POST /keepalive")) > len(keepalives)
-        assert re.fullmatch(r"example.py: keepalive failed, \d.\d s left: .* no answer in .*\n", runner.err())
+        assert re.fullmatch(
+            r"example.py: keepalive failed, \d.\d s left: .* no answer in .*\n", runner.err()
+        )
 
 
-def test_a_revoked_lease_stops_the_command_and_gives_75_whatever_the_command_says(on_memory: Daemon, run: Run) -> None:
+def test_a_revoked_lease_stops_the_command_and_gives_75_whatever_the_command_says(
+    on_memory: Daemon, run: Run
+) -> None:
     line = "trap 'echo told to stop; exit 0' TERM; echo $SHARED_LOCK_LEASE; sleep 100 & wait"
     runner = run(*sh(line), ttl="3s")
 
@@ -5456,7 +6893,9 @@ def test_a_revoked_lease_stops_the_command_and_gives_75_whatever_the_command_say
     assert "the lock is lost" in runner.err()
 
 
-def test_of_a_revoked_lease_a_stubborn_group_is_killed(on_memory: Daemon, run: Run, folder: Path) -> None:
+def test_of_a_revoked_lease_a_stubborn_group_is_killed(
+    on_memory: Daemon, run: Run, folder: Path
+) -> None:
     beat = folder / "beat-revoked"
     runner = run(*sh(STUBBORN), str(beat), ttl="3s")
     eventually(beat.exists)
@@ -5468,7 +6907,9 @@ def test_of_a_revoked_lease_a_stubborn_group_is_killed(on_memory: Daemon, run: R
 
 
 @pytest.mark.parametrize("how", ["the service said so", "the machine was suspended beyond the ttl"])
-def test_a_lease_that_has_ended_stops_the_command_at_once(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+def test_a_lease_that_has_ended_stops_the_command_at_once(
+    monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
     lock = wanted(granted="3600s")
     command = example.Command(["sh", "-c", "trap '' TERM; exec sleep 15"], lock)
     started, woken_at = time.monotonic(), example.now() + 4000
@@ -5485,7 +6926,9 @@ def test_a_lease_that_has_ended_stops_the_command_at_once(monkeypatch: pytest.Mo
     assert time.monotonic() - started < 10
 
 
-def test_a_service_that_is_away_is_waited_for_and_that_is_told_once(start: Callable[..., Daemon], run: Run) -> None:
+def test_a_service_that_is_away_is_waited_for_and_that_is_told_once(
+    start: Callable[..., Daemon], run: Run
+) -> None:
     port = free_port()
     runner = run("echo", "done", on=f"http://127.0.0.1:{port}")
     eventually(runner.err)
@@ -5495,10 +6938,14 @@ def test_a_service_that_is_away_is_waited_for_and_that_is_told_once(start: Calla
 
     assert runner.wait() == 0
     assert runner.out() == "done\n"
-    assert re.fullmatch(r"example.py: no lock yet, trying again: http://127.0.0.1:\d+: .*refused\n", runner.err())
+    assert re.fullmatch(
+        r"example.py: no lock yet, trying again: http://127.0.0.1:\d+: .*refused\n", runner.err()
+    )
 
 
-def test_pauses_between_failures_grow_to_10_s_and_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pauses_between_failures_grow_to_10_s_and_no_further(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     lock, pauses = wanted(), list[float]()
     granted: example.Answer = (201, "1", {"x-lease-ttl": "60s", "x-fencing-token": "1"})
     answers = iter([*[(500, "away", {})] * 7, granted])
@@ -5510,7 +6957,9 @@ def test_pauses_between_failures_grow_to_10_s_and_no_further(monkeypatch: pytest
 
 
 def test_the_holder_is_told_once_and_again_when_it_changes(run: Run) -> None:
-    holders = [json.dumps({"value": who, "ttl": ttl, "fencing_token": n}) for who, ttl, n in HELD_BY]
+    holders = [
+        json.dumps({"value": who, "ttl": ttl, "fencing_token": n}) for who, ttl, n in HELD_BY
+    ]
     with stand_in(acquire=["202 0"] * 4, holder=[f"200 {holder}" for holder in holders]) as service:
         runner = run("true", on=service.url)
 
@@ -5540,7 +6989,9 @@ HELD_BY = [("alice", 9, 1), ("alice", 8, 1), ("b\x1b[31mob", 8, 2), ("b\x1b[31mo
         "HTTP/1.1 201 Created\r\nContent-Length: 4\r\n\r\n4711",  # the Go service before it: no fencing token
     ],
 )
-def test_what_cannot_get_better_ends_it_with_69_and_the_reason_in_one_line(run: Run, answer: str) -> None:
+def test_what_cannot_get_better_ends_it_with_69_and_the_reason_in_one_line(
+    run: Run, answer: str
+) -> None:
     with stand_in(acquire=[answer]) as service:
         runner = run("echo", "ran", on=service.url)
 
@@ -5563,7 +7014,11 @@ def test_trouble_until_the_wait_is_over_gives_69_and_not_the_conflict_status(run
 def test_a_service_that_stops_and_lets_nobody_wait_does_not_end_the_wait(run: Run) -> None:
     with stand_in(acquire=["202 0", "202 0", "202 0"]) as service:
         assert run("true", on=service.url, options=["--wait", "30s"]).wait() == 0
-        asked = [headers.get("x-lease-wait") for what, headers, _ in service.requests if what == "POST /lease"]
+        asked = [
+            headers.get("x-lease-wait")
+            for what, headers, _ in service.requests
+            if what == "POST /lease"
+        ]
         assert asked[0] is None  # to tell early who holds it
         assert all(25 < float(str(wait).removesuffix("s")) <= 30 for wait in asked[1:])
 
@@ -5571,7 +7026,9 @@ def test_a_service_that_stops_and_lets_nobody_wait_does_not_end_the_wait(run: Ru
 @pytest.mark.parametrize("lost", [["lost"], ["500 outcome unknown", "lost"], ["502 from a proxy"]])
 def test_a_lost_answer_costs_one_more_request_with_the_same_id(run: Run, lost: list[str]) -> None:
     with stand_in(acquire=lost) as service:
-        runner = run(*sh("echo $SHARED_LOCK_LEASE"), on=service.url, options=["-n"] if len(lost) == 1 else [])
+        runner = run(
+            *sh("echo $SHARED_LOCK_LEASE"), on=service.url, options=["-n"] if len(lost) == 1 else []
+        )
 
         assert runner.wait() == 0
         assert set(service.ids()) == {runner.out().strip()}  # the one that was released, too
@@ -5588,13 +7045,17 @@ def test_an_id_that_is_in_use_is_never_asked_for_again_nor_released(run: Run) ->
 
 @pytest.mark.parametrize("ending", ["a signal", "the end of the wait"])
 def test_a_claim_whose_outcome_is_unknown_is_withdrawn(run: Run, ending: str) -> None:
-    with stand_in(acquire=["silent"] if ending == "a signal" else ["lost", "lost"], release=["silent"]) as service:
+    with stand_in(
+        acquire=["silent"] if ending == "a signal" else ["lost", "lost"], release=["silent"]
+    ) as service:
         runner = run("echo", "ran", on=service.url, options=["-n"])
         eventually(service.asked)
         if ending == "a signal":
             runner.process.terminate()
 
-        assert runner.wait(8) == (143 if ending == "a signal" else 69)  # although the release is not answered, either
+        assert runner.wait(8) == (
+            143 if ending == "a signal" else 69
+        )  # although the release is not answered, either
         assert service.asked()[-1] == "DELETE /lease"
         assert len(set(service.ids())) == 1
         assert runner.out() == ""
@@ -5606,13 +7067,18 @@ def test_an_answer_that_never_ends_holds_no_request_beyond_its_time(answer: str)
         threads = threading.active_count()
         started = time.monotonic()
 
-        assert wanted(service.url).request("DELETE", "/lease", "1", seconds=0.5)[:2] == (0, "no answer in time")
+        assert wanted(service.url).request("DELETE", "/lease", "1", seconds=0.5)[:2] == (
+            0,
+            "no answer in time",
+        )
 
         assert time.monotonic() - started < 2
         eventually(lambda: threading.active_count() <= threads + 1)  # the stand-in's own
 
 
-def test_a_name_server_that_does_not_answer_holds_no_request_beyond_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_server_that_does_not_answer_holds_no_request_beyond_its_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     answered = threading.Event()
     monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **more: answered.wait(20) and [])
     started = time.monotonic()
@@ -5624,7 +7090,9 @@ def test_a_name_server_that_does_not_answer_holds_no_request_beyond_its_time(mon
 
 
 @pytest.mark.parametrize("number", [0, signal.SIGTERM])
-def test_a_release_that_trickles_holds_the_runner_no_longer_than_its_time_out(run: Run, number: int) -> None:
+def test_a_release_that_trickles_holds_the_runner_no_longer_than_its_time_out(
+    run: Run, number: int
+) -> None:
     with stand_in("6s", release=["trickle"]) as service:
         runner = run("true", on=service.url)
         eventually(lambda: service.asked("DELETE"))
@@ -5640,23 +7108,41 @@ def test_a_release_that_trickles_holds_the_runner_no_longer_than_its_time_out(ru
 def test_every_signal_that_ends_a_process_is_handed_on_and_none_leaves_the_command_behind(
     on_memory: Daemon, run: Run, key: str
 ) -> None:
-    ends_nothing = "SIG(CHLD|CLD|CONT|URG|WINCH|STOP|TSTP|TTIN|TTOU|PIPE|XFSZ)"  # Python ignores the last two
-    numbers = [one for one in signal.valid_signals() if not re.fullmatch(ends_nothing, getattr(one, "name", ""))]
-    runners = {number: run(*sh("echo $$; exec sleep 100"), options=["--key", f"{key}{number}"]) for number in numbers}
+    ends_nothing = (
+        "SIG(CHLD|CLD|CONT|URG|WINCH|STOP|TSTP|TTIN|TTOU|PIPE|XFSZ)"  # Python ignores the last two
+    )
+    numbers = [
+        one
+        for one in signal.valid_signals()
+        if not re.fullmatch(ends_nothing, getattr(one, "name", ""))
+    ]
+    runners = {
+        number: run(*sh("echo $$; exec sleep 100"), options=["--key", f"{key}{number}"])
+        for number in numbers
+    }
     commands = {number: int(eventually(runner.out, 30)) for number, runner in runners.items()}
 
     for number, runner in runners.items():
         runner.process.send_signal(number)
 
     for number, runner in runners.items():
-        fatal = number in (signal.SIGKILL, signal.SIGILL, signal.SIGBUS, signal.SIGFPE, signal.SIGSEGV, signal.SIGSYS)
+        fatal = number in (
+            signal.SIGKILL,
+            signal.SIGILL,
+            signal.SIGBUS,
+            signal.SIGFPE,
+            signal.SIGSEGV,
+            signal.SIGSYS,
+        )
         assert runner.wait() == (-number if fatal else 128 + number)
         assert fatal or is_free(on_memory, f"{key}{number}")
         eventually(lambda command=commands[number]: not lives(command))  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("name", ["TERM", "INT", "HUP", "QUIT", "USR1", "USR2", "ALRM"])
-def test_a_command_may_answer_a_signal_as_it_likes(on_memory: Daemon, run: Run, key: str, name: str) -> None:
+def test_a_command_may_answer_a_signal_as_it_likes(
+    on_memory: Daemon, run: Run, key: str, name: str
+) -> None:
     runner = run(*sh(f"trap 'echo {name}; exit 42' {name}; echo started; sleep 100 & wait"))
     eventually(runner.out)
 
@@ -5667,7 +7153,9 @@ def test_a_command_may_answer_a_signal_as_it_likes(on_memory: Daemon, run: Run, 
     assert is_free(on_memory, key)
 
 
-def test_a_command_that_ignores_sigterm_keeps_its_lock_until_it_ends(on_memory: Daemon, run: Run, key: str) -> None:
+def test_a_command_that_ignores_sigterm_keeps_its_lock_until_it_ends(
+    on_memory: Daemon, run: Run, key: str
+) -> None:
     runner = run(*sh("trap '' TERM; echo started; sleep 4; echo done"), ttl="3s")
     eventually(runner.out)
 
@@ -5723,7 +7211,10 @@ def test_a_runner_that_is_killed_takes_all_of_its_command_along(run: Run, folder
 
 
 def test_under_nohup_a_hangup_ends_neither_the_runner_nor_its_command(run: Run) -> None:
-    runner = run(*sh("echo $$; sleep 1; echo done"), preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    runner = run(
+        *sh("echo $$; sleep 1; echo done"),
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+    )
     command = int(eventually(runner.out))
 
     runner.process.send_signal(signal.SIGHUP)
@@ -5737,21 +7228,34 @@ def test_under_nohup_a_hangup_ends_neither_the_runner_nor_its_command(run: Run) 
 
 
 @pytest.mark.parametrize("closed", ["", "<&-", "<&- >&- 2>&-"])
-def test_in_an_empty_environment_and_with_closed_descriptors_it_works(run: Run, folder: Path, closed: str) -> None:
+def test_in_an_empty_environment_and_with_closed_descriptors_it_works(
+    run: Run, folder: Path, closed: str
+) -> None:
     wrote = folder / f"wrote-{next(_numbers)}"
-    runner = run(*sh(f"readlink /proc/$PPID/fd/2 >{wrote}"), env={}, under=["sh", "-c", f'exec "$@" {closed}', "sh"])
+    runner = run(
+        *sh(f"readlink /proc/$PPID/fd/2 >{wrote}"),
+        env={},
+        under=["sh", "-c", f'exec "$@" {closed}', "sh"],
+    )
 
     assert runner.wait() == 0
-    assert wrote.read_text().strip() == ("/dev/null" if "2>" in closed else str(runner.err_path))  # and no socket
+    assert wrote.read_text().strip() == (
+        "/dev/null" if "2>" in closed else str(runner.err_path)
+    )  # and no socket
 
 
 def test_as_pid_1_it_waits_for_orphans_and_takes_no_zombie_for_living(run: Run) -> None:
     line = "sleep 0.1 & (setsid sleep 0.1 &); exec sleep 0.5"  # which waits for neither
     started = time.monotonic()
 
-    assert run(*sh(line), under=["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]).wait() == 0
+    assert (
+        run(*sh(line), under=["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]).wait()
+        == 0
+    )
 
-    assert time.monotonic() - started < 5  # SIGKILL would have come after 10 s, for a group that seems to live
+    assert (
+        time.monotonic() - started < 5
+    )  # SIGKILL would have come after 10 s, for a group that seems to live
 
 
 class Screen:
@@ -5761,8 +7265,14 @@ class Screen:
         self.key = re.sub("[^a-z0-9]+", "-", key)
         self.pid, self._fd = os.forkpty()
         if not self.pid:
-            runner = f"{shlex.quote(PYTHON)} {HERE}/example.py --url {url} --key {self.key} --ttl 3s --"
-            os.execvpe("sh", ["sh", "-i"], clean_env() | {"PS1": "ready> ", "RUN": runner, "ENV": "", "HISTFILE": ""})
+            runner = (
+                f"{shlex.quote(PYTHON)} {HERE}/example.py --url {url} --key {self.key} --ttl 3s --"
+            )
+            os.execvpe(
+                "sh",
+                ["sh", "-i"],
+                clean_env() | {"PS1": "ready> ", "RUN": runner, "ENV": "", "HISTFILE": ""},
+            )
         self._seen = ""
         self.wait("ready> ")
 
@@ -5892,7 +7402,9 @@ def test_in_the_background_it_waits_for_fg_to_read(screen: Screen) -> None:
     screen.wait("got hello\r\n")
 
 
-def test_a_terminal_that_is_closed_ends_the_command(on_memory: Daemon, screen: Screen, folder: Path) -> None:
+def test_a_terminal_that_is_closed_ends_the_command(
+    on_memory: Daemon, screen: Screen, folder: Path
+) -> None:
     beat = folder / "beat-closed"
     screen.type(f"$RUN sh -c 'while :; do echo >{beat}; sleep 0.05; done'\n")
     eventually(beat.exists)
@@ -5916,17 +7428,26 @@ def test_a_path_in_the_url_leads_those_of_all_requests(run: Run) -> None:
 
 def test_a_proxy_of_the_environment_is_not_asked(on_memory: Daemon, run: Run) -> None:
     away = f"http://127.0.0.1:{free_port()}"
-    assert run("true", env=clean_env() | {"http_proxy": away, "HTTP_PROXY": away, "all_proxy": away}).wait() == 0
+    assert (
+        run(
+            "true", env=clean_env() | {"http_proxy": away, "HTTP_PROXY": away, "all_proxy": away}
+        ).wait()
+        == 0
+    )
 
 
-def test_url_and_token_file_come_from_the_environment_where_they_are_not_given(folder: Path) -> None:
+def test_url_and_token_file_come_from_the_environment_where_they_are_not_given(
+    folder: Path,
+) -> None:
     token = folder / "token-env"
     token.write_text("s3cret\n")
     with stand_in() as service:
         env = clean_env() | {"SHARED_LOCK_URL": service.url, "SHARED_LOCK_TOKEN_FILE": str(token)}
         assert Runner(folder, "--key", "k", "--", "true", env=env).wait() == 0
 
-        assert [headers["authorization"] for _, headers, _ in service.requests] == ["Bearer s3cret"] * 2
+        assert [headers["authorization"] for _, headers, _ in service.requests] == [
+            "Bearer s3cret"
+        ] * 2
 
 
 @pytest.mark.parametrize(("renewed", "status"), [("new", 0), ("old", 69)])
@@ -5937,18 +7458,32 @@ def test_a_401_is_asked_again_once_if_the_token_was_renewed_since(
     token.write_text("old")
     with stand_in(acquire=["500 slow", "401 who?"]) as service:
         runner = run("true", on=service.url, options=["--token-file", str(token)])
-        service.before_answer = lambda: token.write_text(renewed) if len(service.requests) == 2 else None
+        service.before_answer = lambda: (
+            token.write_text(renewed) if len(service.requests) == 2 else None
+        )
 
         assert runner.wait() == status
-        sent = [headers["authorization"] for what, headers, _ in service.requests if what == "POST /lease"]
+        sent = [
+            headers["authorization"]
+            for what, headers, _ in service.requests
+            if what == "POST /lease"
+        ]
         assert sent == ["Bearer old", "Bearer old", "Bearer new"][: 3 if renewed == "new" else 2]
 
 
-def test_a_certificate_is_judged_by_the_ca_file_and_refused_at_once_without(folder: Path, run: Run) -> None:
+def test_a_certificate_is_judged_by_the_ca_file_and_refused_at_once_without(
+    folder: Path, run: Run
+) -> None:
     pem = folder / "runner.pem"
     make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=x -addext"
-    subprocess.run([*make.split(), "subjectAltName=IP:127.0.0.1", "-keyout", pem, "-out", pem], check=True, stderr=-3)
-    pem.write_text(pem.read_text() + subprocess.check_output(["openssl", "x509", "-in", pem], text=True))
+    subprocess.run(
+        [*make.split(), "subjectAltName=IP:127.0.0.1", "-keyout", pem, "-out", pem],
+        check=True,
+        stderr=-3,
+    )
+    pem.write_text(
+        pem.read_text() + subprocess.check_output(["openssl", "x509", "-in", pem], text=True)
+    )
     with stand_in(tls=pem) as service:
         assert run("true", on=service.url, options=["--ca-file", str(pem)]).wait() == 0
 
@@ -5963,7 +7498,10 @@ def test_a_certificate_is_judged_by_the_ca_file_and_refused_at_once_without(fold
     [
         ([], "--key: missing"),
         (["--key", ""], "--key: missing"),
-        (["--key", "k", "--url", "localhost:8080"], "--url: not a URL such as http://localhost:8080: 'localhost:8080'"),
+        (
+            ["--key", "k", "--url", "localhost:8080"],
+            "--url: not a URL such as http://localhost:8080: 'localhost:8080'",
+        ),
         (["--key", "k", "--url", "http://localhost:x"], "--url: "),
         (["--key", "k", "--url", "http://h/?a=b"], "--url: "),
         (["--key", "k", "--url", "http://me:s3cret@h"], "see --token-file"),
@@ -5978,7 +7516,9 @@ def test_a_certificate_is_judged_by_the_ca_file_and_refused_at_once_without(fold
         (["--key", "k", "job.sh"], "unrecognized arguments: job.sh"),
     ],
 )
-def test_a_wrong_call_of_the_runner_is_told_in_one_line(arguments: list[str], complaint: str) -> None:
+def test_a_wrong_call_of_the_runner_is_told_in_one_line(
+    arguments: list[str], complaint: str
+) -> None:
     command = [PYTHON, str(HERE / "example.py"), *arguments, "--", "echo", "ran"]
 
     done = subprocess.run(command, capture_output=True, text=True, env=clean_env(), timeout=20)
@@ -5993,24 +7533,36 @@ def test_a_wrong_call_of_the_runner_is_told_in_one_line(arguments: list[str], co
 
 @pytest.mark.parametrize("arguments", [["--key", "k", "--"], ["--key", "k"]])
 def test_a_command_of_nothing_is_a_wrong_call(arguments: list[str]) -> None:
-    done = subprocess.run([PYTHON, str(HERE / "example.py"), *arguments], capture_output=True, text=True)
+    done = subprocess.run(
+        [PYTHON, str(HERE / "example.py"), *arguments], capture_output=True, text=True
+    )
 
     assert done.returncode == 2
     assert "no command after --" in done.stderr
 
 
 def test_help_lists_the_exit_statuses_and_what_the_command_gets() -> None:
-    text = subprocess.run([PYTHON, str(HERE / "example.py"), "--help"], capture_output=True, text=True).stdout
+    text = subprocess.run(
+        [PYTHON, str(HERE / "example.py"), "--help"], capture_output=True, text=True
+    ).stdout
 
     assert re.findall(r"^  (\d+) ", text, re.MULTILINE) == ["2", "69", "73", "75", "126"]
-    for word in ("127", "128 + N", "SHARED_LOCK_FENCING_TOKEN", "SHARED_LOCK_LEASE", "SHARED_LOCK_KEY"):
+    for word in (
+        "127",
+        "128 + N",
+        "SHARED_LOCK_FENCING_TOKEN",
+        "SHARED_LOCK_LEASE",
+        "SHARED_LOCK_KEY",
+    ):
         assert word in text
 
 
 def test_the_example_is_one_short_file_of_the_standard_library() -> None:
     source = (HERE / "example.py").read_text()
     nodes = list(ast.walk(ast.parse(source)))
-    imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    imported = {
+        alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names
+    }
     imported |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
 
     assert "http.client" in imported
@@ -6040,40 +7592,66 @@ def variables() -> dict[str, str]:
 
 
 def test_each_variable_in_the_manifest_is_one_of_the_daemons_and_its_value_can_be_used() -> None:
-    parsers = {shared_lock.variable(one.name): one.metadata["parse"] for one in dataclasses.fields(shared_lock.Config)}
+    parsers = {
+        shared_lock.variable(one.name): one.metadata["parse"]
+        for one in dataclasses.fields(shared_lock.Config)
+    }
 
     for name, value in variables().items():
         parsers[name](value)
 
 
-def test_the_probes_ask_paths_that_the_daemon_has_and_outlast_its_timeouts(on_memory: Daemon) -> None:
-    probes = dict(re.findall(r"(\w+)Probe:\n +httpGet:\n +path: (\S+)\n +port: http$", manifest(), re.MULTILINE))
+def test_the_probes_ask_paths_that_the_daemon_has_and_outlast_its_timeouts(
+    on_memory: Daemon,
+) -> None:
+    probes = dict(
+        re.findall(
+            r"(\w+)Probe:\n +httpGet:\n +path: (\S+)\n +port: http$", manifest(), re.MULTILINE
+        )
+    )
     assert probes == {"startup": "/health", "liveness": "/health", "readiness": "/ready"}
     assert {on_memory.request("GET", path).status for path in probes.values()} == {200}
 
-    env = {name: value for name, value in variables().items() if "TLS" not in name}  # its files are not here
+    env = {
+        name: value for name, value in variables().items() if "TLS" not in name
+    }  # its files are not here
     config = shared_lock.Config.from_env(env)
     assert seconds_of("timeoutSeconds")[-1] > config.etcd_timeout
-    assert seconds_of("terminationGracePeriodSeconds")[0] > seconds_of("seconds")[0] + config.server_shutdown_timeout
+    assert (
+        seconds_of("terminationGracePeriodSeconds")[0]
+        > seconds_of("seconds")[0] + config.server_shutdown_timeout
+    )
 
 
 def test_the_manifest_keeps_kubernetes_from_naming_variables_for_the_daemon() -> None:
     name = re.findall(r"kind: Service\nmetadata:\n  name: (\S+)", manifest())[0]
     injected = f"{name.upper().replace('-', '_')}_PORT"  # =tcp://10.0.0.1:8080
 
-    assert injected in {shared_lock.variable(field.name) for field in dataclasses.fields(shared_lock.Config)}
+    assert injected in {
+        shared_lock.variable(field.name) for field in dataclasses.fields(shared_lock.Config)
+    }
     assert "      enableServiceLinks: false\n" in manifest()
 
 
 def test_the_ports_and_the_user_of_the_manifest_are_those_of_the_image_and_of_the_daemon() -> None:
     dockerfile = (HERE / "Dockerfile").read_text()
 
-    ports = set(re.findall(r"(?:port|containerPort|prometheus.io/port): \"?([0-9]+)\"?$", manifest(), re.MULTILINE))
+    ports = set(
+        re.findall(
+            r"(?:port|containerPort|prometheus.io/port): \"?([0-9]+)\"?$", manifest(), re.MULTILINE
+        )
+    )
     assert (
-        ports == {str(shared_lock.Config().server_port)} == set(re.findall(r"^EXPOSE (\d+)$", dockerfile, re.MULTILINE))
+        ports
+        == {str(shared_lock.Config().server_port)}
+        == set(re.findall(r"^EXPOSE (\d+)$", dockerfile, re.MULTILINE))
     )
     user = re.findall(r"^USER (\d+):\1$", dockerfile, re.MULTILINE)[0]
-    assert set(re.findall(r"(?:runAsUser|runAsGroup|fsGroup): (\d+)$", manifest(), re.MULTILINE)) == {user} != {"0"}
+    assert (
+        set(re.findall(r"(?:runAsUser|runAsGroup|fsGroup): (\d+)$", manifest(), re.MULTILINE))
+        == {user}
+        != {"0"}
+    )
 
 
 def test_the_image_pins_what_the_daemon_imports_and_brings_no_test_tools() -> None:
@@ -6081,7 +7659,11 @@ def test_the_image_pins_what_the_daemon_imports_and_brings_no_test_tools() -> No
     pins = set(re.findall(r"^ +([a-z0-9-]+)==[0-9.]+(?:post[0-9]+)? \\$", dockerfile, re.MULTILINE))
 
     imported = subprocess.run(
-        [sys.executable, "-c", "import etcd3gw, sys; print(*{name.partition('.')[0] for name in sys.modules})"],
+        [
+            sys.executable,
+            "-c",
+            "import etcd3gw, sys; print(*{name.partition('.')[0] for name in sys.modules})",
+        ],
         capture_output=True,
         text=True,
         check=True,
@@ -6093,7 +7675,9 @@ def test_the_image_pins_what_the_daemon_imports_and_brings_no_test_tools() -> No
         for package in packages.get(name, [])
     }
     assert "etcd3gw" in pins
-    assert needed - {"setuptools"} <= pins  # setuptools hooks itself into every start where it is installed
+    assert (
+        needed - {"setuptools"} <= pins
+    )  # setuptools hooks itself into every start where it is installed
     assert not pins & {"pytest", "setuptools", "mypy", "ruff"}
     assert re.search(r"^FROM python:3\.14\.\d+-slim-\w+$", dockerfile, re.MULTILINE)
 
@@ -6103,8 +7687,13 @@ def test_the_health_check_of_the_image_tells_a_daemon_from_none(on_memory: Daemo
     _, *arguments = json.loads(re.findall(r"^    CMD (\[.*\])$", dockerfile, re.MULTILINE)[0])
 
     def check(port: int) -> int:
-        env = clean_env() | {"SHARED_LOCK_SERVER_PORT": str(port), "SHARED_LOCK_SERVER_HOST": "127.0.0.1"}
-        return subprocess.run([PYTHON, *arguments], env=env, stderr=subprocess.DEVNULL, timeout=20).returncode
+        env = clean_env() | {
+            "SHARED_LOCK_SERVER_PORT": str(port),
+            "SHARED_LOCK_SERVER_HOST": "127.0.0.1",
+        }
+        return subprocess.run(
+            [PYTHON, *arguments], env=env, stderr=subprocess.DEVNULL, timeout=20
+        ).returncode
 
     assert check(on_memory.port) == 0
     assert check(free_port()) == 1
@@ -6129,29 +7718,45 @@ def shell(name: str) -> str:
 
 
 @pytest.mark.parametrize("options", ["sh -i", "bash --norc -i", "zsh -f -i"])
-def test_the_first_screen_can_be_pasted_into_a_shell_and_prints_what_it_says(tmp_path: Path, options: str) -> None:
+def test_the_first_screen_can_be_pasted_into_a_shell_and_prints_what_it_says(
+    tmp_path: Path, options: str
+) -> None:
     name, *rest = options.split()
     command, port = [shell(name), *rest], free_port()
     screen = README.partition("\n## ")[0]
     shutil.copy(SERVE[0], tmp_path)
     (tmp_path / "python3").write_text(f'#!/bin/sh\nexec {shlex.quote(PYTHON)} "$@"\n')
     (tmp_path / "python3").chmod(0o755)
-    (tmp_path / ".curlrc").write_text(f'connect-to = "localhost:8080::{port}"\n')  # others may use the port 8080
-    home = {"HOME": str(tmp_path), "CURL_HOME": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    (tmp_path / ".curlrc").write_text(
+        f'connect-to = "localhost:8080::{port}"\n'
+    )  # others may use the port 8080
+    home = {
+        "HOME": str(tmp_path),
+        "CURL_HOME": str(tmp_path),
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+    }
     env = clean_env() | home | {"SHARED_LOCK_SERVER_PORT": str(port)}
 
     pasted = "".join(f"{block}echo '<end of block>'\n" for block in blocks("sh", screen))
     ended = subprocess.run(
-        command, input=pasted, env=env, cwd=tmp_path, text=True, capture_output=True, timeout=60,
+        command,
+        input=pasted,
+        env=env,
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+        timeout=60,
         start_new_session=True,  # an interactive shell takes the terminal
-    )  # fmt: skip
+    )
 
     printed = [part.lstrip("\n") for part in ended.stdout.split("<end of block>")]
     ttl = re.compile('(?<="ttl": )5[0-9]')  # what is left of 60 s
     assert (ended.returncode, len(printed)) == (0, 4), ended.stderr
     assert [ttl.sub("59", part) for part in printed] == [*blocks("text", screen), ""]
     log = (tmp_path / "shared_lock.log").read_text()
-    assert log.count("event=granted") == log.count("event=released") == log.count("event=stopped") == 1
+    assert (
+        log.count("event=granted") == log.count("event=released") == log.count("event=stopped") == 1
+    )
 
 
 class Guarded:
@@ -6159,13 +7764,22 @@ class Guarded:
 
     def __init__(self, folder: Path, url: str, key: str, job: str) -> None:
         [script] = [block for block in blocks("sh") if block.startswith("#!/bin/sh\n")]
-        settings = {"SHARED_LOCK_URL": url, "SHARED_LOCK_KEY": key, "SHARED_LOCK_TTL": "10", "SHARED_LOCK_JOB": job}
+        settings = {
+            "SHARED_LOCK_URL": url,
+            "SHARED_LOCK_KEY": key,
+            "SHARED_LOCK_TTL": "10",
+            "SHARED_LOCK_JOB": job,
+        }
         self.folder = folder
         (folder / "script").write_text(script)
         self.process = subprocess.Popen(
-            [shell("sh"), "script"], cwd=folder, env=clean_env() | settings, stdin=subprocess.DEVNULL,
-            stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            [shell("sh"), "script"],
+            cwd=folder,
+            env=clean_env() | settings,
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
     def wait(self) -> tuple[int, str]:
         """Its exit status and what it says; dash says "Terminated" of the keeper, too."""
@@ -6196,9 +7810,13 @@ def guard(tmp_path: Path, on_memory: Daemon, key: str) -> Iterator[Callable[...,
 def test_of_two_copies_of_the_readmes_script_one_runs_its_job(
     guard: Callable[..., Guarded], on_memory: Daemon, key: str, tmp_path: Path
 ) -> None:
-    copies = [guard("echo ran >>ran; while [ ! -e go ]; do sleep 0.05; done; exit 7") for _ in range(2)]
+    copies = [
+        guard("echo ran >>ran; while [ ! -e go ]; do sleep 0.05; done; exit 7") for _ in range(2)
+    ]
 
-    refused = eventually(lambda: next((one for one in copies if one.process.poll() is not None), None))
+    refused = eventually(
+        lambda: next((one for one in copies if one.process.poll() is not None), None)
+    )
     assert (refused.wait(), is_free(on_memory, key)) == ((73, ""), False)
     (tmp_path / "go").touch()
 
@@ -6212,7 +7830,9 @@ def test_the_readmes_script_keeps_its_lock_until_it_is_stopped(
     guard: Callable[..., Guarded], on_memory: Daemon, key: str
 ) -> None:
     renewed = operations(on_memory).get("prolong success", 0)
-    holder = guard("trap 'sleep 0.5; echo >stopped; exit' TERM; echo >began; while :; do sleep 0.05; done")
+    holder = guard(
+        "trap 'sleep 0.5; echo >stopped; exit' TERM; echo >began; while :; do sleep 0.05; done"
+    )
 
     eventually(lambda: operations(on_memory).get("prolong success", 0) > renewed, 15)
     holder.process.terminate()
@@ -6225,7 +7845,10 @@ def test_the_readmes_script_keeps_its_lock_until_it_is_stopped(
 def test_the_readmes_script_stops_its_job_when_the_lock_is_lost_or_may_be(
     guard: Callable[..., Guarded], start: Start, key: str, tmp_path: Path, loss: str
 ) -> None:
-    daemon, job = start("mock"), {"released": "trap 'echo >stopped; exit 0' TERM", "frozen": "trap '' TERM"}[loss]
+    daemon, job = (
+        start("mock"),
+        {"released": "trap 'echo >stopped; exit 0' TERM", "frozen": "trap '' TERM"}[loss],
+    )
     holder = guard(f"{job}; while :; do echo >beat; sleep 0.05; done", daemon.url)
     eventually(lambda: holder.has("beat"))
     began = time.monotonic()
@@ -6269,14 +7892,17 @@ def test_the_alert_rules_ask_for_samples_that_are_there_from_the_start(
         (tmp_path / "rules.yaml").write_text(rules)
         command = ["promtool", "check", "rules", str(tmp_path / "rules.yaml")]
         checked = subprocess.run(command, text=True, capture_output=True, timeout=30)
-        assert (checked.returncode, "3 rules found" in checked.stdout) == (0, True), checked.stdout + checked.stderr
+        assert (checked.returncode, "3 rules found" in checked.stdout) == (0, True), (
+            checked.stdout + checked.stderr
+        )
 
 
 def test_the_readme_lists_every_variable_with_its_default() -> None:
     table = dict(re.findall(r"^\| (SHARED_LOCK_\w+) \| (.*?) ?\| .+ \|$", README, re.MULTILINE))
 
     assert table == {
-        shared_lock.variable(one.name): one.metadata["default"] for one in dataclasses.fields(shared_lock.Config)
+        shared_lock.variable(one.name): one.metadata["default"]
+        for one in dataclasses.fields(shared_lock.Config)
     }
 
 
@@ -6327,8 +7953,15 @@ def loads(etcd: Etcd, daemon: Daemon, name: str) -> list[Load]:
         Load("range", "range", etcd.url, lua("/v3/kv/range", [f'{{"key": "{key}"}}'])),
         Load("refusal (202)", "range", daemon.url, lua("/lease", [f'{{"key": "{held}"}}'], ttl)),
         Load("grant", "grant", etcd.url, lua("/v3/lease/grant", ['{"TTL": 600}'])),
-        Load("acquire (201)", "grant", daemon.url, lua("/lease", [f'{{"key": "new-{name}-@"}}'], ttl)),
-        Load("keepalive", "keepalive", etcd.url, lua("/v3/lease/keepalive", [f'{{"ID": {ID}}}' for ID in raw_leases])),
+        Load(
+            "acquire (201)", "grant", daemon.url, lua("/lease", [f'{{"key": "new-{name}-@"}}'], ttl)
+        ),
+        Load(
+            "keepalive",
+            "keepalive",
+            etcd.url,
+            lua("/v3/lease/keepalive", [f'{{"ID": {ID}}}' for ID in raw_leases]),
+        ),
         Load("keepalive (200)", "keepalive", daemon.url, lua("/keepalive", leases)),
     ]
 
@@ -6337,14 +7970,20 @@ def run_wrk(load: Load, connections: int, folder: Path) -> Measured:
     script = folder / "load.lua"
     script.write_text(load.script)
     options = f"-t1 -c{connections} -d{WRK_SECONDS}s --timeout 10s --latency -s {script} {load.url}"
-    out = subprocess.run(["wrk", *options.split()], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        ["wrk", *options.split()], capture_output=True, text=True, check=True
+    ).stdout
 
     def millis(percent: str) -> float:
         value, unit = re.search(rf"{percent}%\s+([0-9.]+)(us|ms|s)", out).groups()  # type: ignore[union-attr]
         return float(value) * {"us": 0.001, "ms": 1, "s": 1000}[unit]
 
     failures = re.findall(r"Non-2xx or 3xx responses: ([0-9]+)", out)
-    failures += [number for line in re.findall(r"Socket errors: (.*)", out) for number in re.findall("[0-9]+", line)]
+    failures += [
+        number
+        for line in re.findall(r"Socket errors: (.*)", out)
+        for number in re.findall("[0-9]+", line)
+    ]
     rate = re.search(r"Requests/sec:\s+([0-9.]+)", out)
     assert rate, out
     return Measured(float(rate[1]), millis("50"), millis("99"), sum(map(int, failures)))
@@ -6371,18 +8010,33 @@ def benchmark() -> None:
                     measured = run_wrk(load, connections, folder)
                     seen.setdefault((connections, load.raw, load.name), []).append(measured)
             memory = max(memory, resident_mib(daemon.process.pid))
-    print(f"{'load':18}{'connections':>12}{'requests/s':>12}{'p50 ms':>9}{'p99 ms':>9}{'errors':>8}   by the raw call")
+    print(
+        f"{'load':18}{'connections':>12}{'requests/s':>12}{'p50 ms':>9}{'p99 ms':>9}{'errors':>8}   by the raw call"
+    )
     for (connections, raw, name), rounds in seen.items():
         yardstick = seen[connections, raw, raw]
-        rate, p50, p99 = (statistics.median(getattr(one, what) for one in rounds) for what in ("rate", "p50", "p99"))
-        rates = statistics.median(one.rate / other.rate for one, other in zip(rounds, yardstick, strict=True))
-        p50s = statistics.median(one.p50 / other.p50 for one, other in zip(rounds, yardstick, strict=True))
+        rate, p50, p99 = (
+            statistics.median(getattr(one, what) for one in rounds)
+            for what in ("rate", "p50", "p99")
+        )
+        rates = statistics.median(
+            one.rate / other.rate for one, other in zip(rounds, yardstick, strict=True)
+        )
+        p50s = statistics.median(
+            one.p50 / other.p50 for one, other in zip(rounds, yardstick, strict=True)
+        )
         ratio = f"{rates:.2f} x requests/s" if connections > 1 else f"{p50s:.2f} x p50"
         errors = sum(one.errors for one in rounds)
-        print(f"{name:18}{connections:>12}{rate:>12,.0f}{p50:>9.2f}{p99:>9.2f}{errors:>8}   {ratio}")
-    print(f"memory of the daemon after all loads: {memory:.0f} MiB; {ROUNDS} rounds of {WRK_SECONDS} s a load")
+        print(
+            f"{name:18}{connections:>12}{rate:>12,.0f}{p50:>9.2f}{p99:>9.2f}{errors:>8}   {ratio}"
+        )
+    print(
+        f"memory of the daemon after all loads: {memory:.0f} MiB; {ROUNDS} rounds of {WRK_SECONDS} s a load"
+    )
     versions = [[PYTHON, "-V"], [etcd_binary(), "--version"]]
-    shown = [subprocess.run(one, capture_output=True, text=True, check=True).stdout for one in versions]
+    shown = [
+        subprocess.run(one, capture_output=True, text=True, check=True).stdout for one in versions
+    ]
     print(" - ".join(text.splitlines()[0] for text in shown))
 
 
