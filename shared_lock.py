@@ -2900,7 +2900,9 @@ class Session:
         for endpoint in self._endpoints:
             keep_running(f"name-{endpoint}", functools.partial(self._follow_name, endpoint))
 
-    def post(self, call: Call, *, json: Any, deadline: float) -> types.SimpleNamespace:
+    def post(
+        self, call: Call, *, json: Any, deadline: float, timeout: object = None
+    ) -> types.SimpleNamespace:
         """Asks for as long as a try may take, and answers with what the call reads in the answer.
 
         What the call finds doubtful is only believed after a linearizable read over the same
