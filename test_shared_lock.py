@@ -7959,30 +7959,34 @@ def test_the_readme_lists_every_variable_with_its_default() -> None:
 
 # == Benchmark: how fast, beside one raw gateway call of the same kind =============================
 
-WRK_SECONDS = int(os.environ.get("SHARED_LOCK_BENCHMARK_SECONDS", "4"))  # for one load
-ROUNDS = int(os.environ.get("SHARED_LOCK_BENCHMARK_ROUNDS", "5"))
-
 
 class Load(NamedTuple):
-    """What wrk sends: `script` is its Lua. `raw` names the load that this one is measured by."""
+    """What wrk sends: `script` is its Lua; `server` stands between it and etcd, if one does."""
 
-    name: str
-    raw: str
     url: str
     script: str
+    server: Daemon | None = None
 
 
 class Measured(NamedTuple):
-    """What wrk saw: requests a second, latencies in milliseconds, answers other than 2xx and failed connections."""
+    """Requests a second, latencies in milliseconds, microseconds of CPU a request, and errors."""
 
     rate: float
     p50: float
     p99: float
-    errors: int
+    server_cpu: float
+    etcd_cpu: float
+    errors: int  # answers other than 2xx, connections that failed
+
+
+# Each operation, and the raw call of the gateway that it needs at least.
+RAW = {"refusal": "range", "acquire": "grant", "keepalive": "keepalive"}
+# By connections and operation, and by who answers: "ours", "other", "raw"; one a round.
+Results = dict[tuple[int, str], dict[str, list[Measured]]]
 
 
 def lua(path: str, bodies: list[str], headers: str = "") -> str:
-    """A script for wrk that sends these bodies by turns; @ in a body is the number of the request."""
+    """A script for wrk that sends these bodies by turns; @ in a body is the request's number."""
     listed = ", ".join(f"'{body}'" for body in bodies)
     return f"""
         local bodies, n = {{{listed}}}, 0
@@ -7993,106 +7997,145 @@ def lua(path: str, bodies: list[str], headers: str = "") -> str:
         end"""
 
 
-def loads(etcd: Etcd, daemon: Daemon, name: str) -> list[Load]:
-    """The six loads: each operation, and the raw gateway call that it needs at least."""
-    held, ttl = f"held-{name}", "['x-lease-ttl']='600s'"
-    daemon.acquire(held, "600s")
-    raw_leases = [etcd.call("/lease/grant", {"TTL": 600})["ID"] for _ in range(300)]
-    leases = [daemon.acquire(f"kept-{name}-{number}", "600s").text for number in range(300)]
-    key = base64.b64encode(f"/shared-lock/{held}".encode()).decode()
-    return [
-        Load("range", "range", etcd.url, lua("/v3/kv/range", [f'{{"key": "{key}"}}'])),
-        Load("refusal (202)", "range", daemon.url, lua("/lease", [f'{{"key": "{held}"}}'], ttl)),
-        Load("grant", "grant", etcd.url, lua("/v3/lease/grant", ['{"TTL": 600}'])),
-        Load(
-            "acquire (201)", "grant", daemon.url, lua("/lease", [f'{{"key": "new-{name}-@"}}'], ttl)
-        ),
-        Load(
-            "keepalive",
-            "keepalive",
-            etcd.url,
-            lua("/v3/lease/keepalive", [f'{{"ID": {ID}}}' for ID in raw_leases]),
-        ),
-        Load("keepalive (200)", "keepalive", daemon.url, lua("/keepalive", leases)),
-    ]
+def raw_loads(etcd: Etcd) -> dict[str, Load]:
+    key = base64.b64encode(b"/shared-lock/held").decode()
+    leases = [etcd.call("/lease/grant", {"TTL": 600})["ID"] for _ in range(300)]
+    beats = [f'{{"ID": {lease}}}' for lease in leases]
+    return {
+        "refusal": Load(etcd.url, lua("/v3/kv/range", [f'{{"key": "{key}"}}'])),
+        "acquire": Load(etcd.url, lua("/v3/lease/grant", ['{"TTL": 600}'])),
+        "keepalive": Load(etcd.url, lua("/v3/lease/keepalive", beats)),
+    }
 
 
-def run_wrk(load: Load, connections: int, folder: Path) -> Measured:
-    script = folder / "load.lua"
-    script.write_text(load.script)
-    options = f"-t1 -c{connections} -d{WRK_SECONDS}s --timeout 10s --latency -s {script} {load.url}"
-    out = subprocess.run(
-        ["wrk", *options.split()], capture_output=True, text=True, check=True
-    ).stdout
+def server_loads(server: Daemon, name: str) -> dict[str, Load]:
+    ttl = "['x-lease-ttl']='600s'"
+    new = f'{{"key": "new-{name}-@"}}'
+    eventually(lambda: server.acquire("held", "600s").status in (201, 202))
+    leases = [server.acquire(f"kept-{name}-{n}", "600s").text for n in range(300)]
+    return {
+        "refusal": Load(server.url, lua("/lease", ['{"key": "held"}'], ttl), server),
+        "acquire": Load(server.url, lua("/lease", [new], ttl), server),
+        "keepalive": Load(server.url, lua("/keepalive", leases), server),
+    }
 
-    def millis(percent: str) -> float:
-        value, unit = re.search(rf"{percent}%\s+([0-9.]+)(us|ms|s)", out).groups()  # type: ignore[union-attr]
-        return float(value) * {"us": 0.001, "ms": 1, "s": 1000}[unit]
 
-    failures = re.findall(r"Non-2xx or 3xx responses: ([0-9]+)", out)
-    failures += [
-        number
-        for line in re.findall(r"Socket errors: (.*)", out)
-        for number in re.findall("[0-9]+", line)
-    ]
-    rate = re.search(r"Requests/sec:\s+([0-9.]+)", out)
-    assert rate, out
-    return Measured(float(rate[1]), millis("50"), millis("99"), sum(map(int, failures)))
+def cpu_seconds(process: subprocess.Popen[bytes] | None) -> float:
+    """What all threads of a process have used until now."""
+    if not process:
+        return 0
+    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def resident_mib(pid: int) -> float:
-    return int(re.findall(r"VmRSS:\s+([0-9]+)", Path(f"/proc/{pid}/status").read_text())[0]) / 1024
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(re.findall(r"VmRSS:\s+([0-9]+)", status)[0]) / 1024
 
 
-def benchmark() -> None:
-    """Drives etcd and the daemon by turns, each round on a fresh etcd, and prints the medians."""
+def run_wrk(load: Load, connections: int, seconds: int) -> str:
+    """What wrk prints after it has sent this load."""
+    with tempfile.NamedTemporaryFile("w", suffix=".lua") as script:
+        script.write(load.script)
+        script.flush()
+        options = f"-t1 -c{connections} -d{seconds}s --timeout 10s --latency -s {script.name}"
+        command = ["wrk", *options.split(), load.url]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def measure(load: Load, connections: int, seconds: int, etcd: Etcd) -> Measured:
+    processes = (load.server.process if load.server else None), etcd.process
+    before = [cpu_seconds(process) for process in processes]
+    out = run_wrk(load, connections, seconds)
+    used = [cpu_seconds(process) - was for process, was in zip(processes, before, strict=True)]
+
+    [requests] = re.findall(r"([0-9]+) requests in", out)
+    [rate] = re.findall(r"Requests/sec:\s+([0-9.]+)", out)
+    units = {"us": 0.001, "ms": 1, "s": 1000}
+    percentiles = re.findall(r"\b(?:50|99)%\s+([0-9.]+)(us|ms|s)", out)
+    p50, p99 = (float(value) * units[unit] for value, unit in percentiles)
+    server_cpu, etcd_cpu = (cpu / int(requests) * 1e6 for cpu in used)
+    failed = re.findall(r"(?:Non-2xx or 3xx responses:|connect|read|write|timeout) ([0-9]+)", out)
+    return Measured(float(rate), p50, p99, server_cpu, etcd_cpu, sum(map(int, failed)))
+
+
+def one_round(number: int, seconds: int, results: Results) -> dict[str, float]:
+    """Drives etcd and each server by turns, on a fresh etcd; the memory that they have then."""
+    commands: dict[str, list[str]] = {"ours": []}
+    if other := os.environ.get("SHARED_LOCK_BENCHMARK_OTHER"):
+        commands["other"] = shlex.split(other)
+    servers: dict[str, Daemon] = {}
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
+        etcd = stack.enter_context(Etcd(Path(name)))
+        for who, command in commands.items():
+            port = str(free_port())  # others may not tell theirs in a log
+            servers[who] = Daemon(Path(name), etcd.url, command=command, SERVER_PORT=port)
+            stack.callback(servers[who].stop)
+        for connections in (150, 1):
+            loads = {who: server_loads(one, f"{who}-{connections}") for who, one in servers.items()}
+            loads["raw"] = raw_loads(etcd)
+            order = list(loads)[:: -1 if number % 2 else 1]
+            for operation, who in itertools.product(RAW, order):
+                measured = measure(loads[who][operation], connections, seconds, etcd)
+                found = results.setdefault((connections, operation), {})
+                found.setdefault(who, []).append(measured)
+        return {who: resident_mib(server.process.pid) for who, server in servers.items()}
+
+
+def ratios(these: list[Measured], those: list[Measured]) -> str:
+    """Of requests/s, p50 and p99: the medians of the rounds' ratios."""
+    rounds = [
+        [one / other for one, other in zip(this[:3], that[:3], strict=True)]
+        for this, that in zip(these, those, strict=True)
+    ]
+    rate, p50, p99 = map(statistics.median, zip(*rounds, strict=True))
+    return f"{rate:>12.2f}{p50:>9.2f}{p99:>9.2f}"
+
+
+def table(results: Results) -> Iterator[str]:
+    for (connections, operation), found in results.items():
+        yield f"\n{operation}, connections: {connections}".ljust(58) + "CPU µs a request"
+        yield f"{'':22}{'requests/s':>12}{'p50 ms':>9}{'p99 ms':>9}{'server':>9}{'etcd':>9}  errors"
+        names = {who: f"raw {RAW[operation]}" if who == "raw" else who for who in found}
+        for who, name in names.items():
+            *medians, _ = map(statistics.median, zip(*found[who], strict=True))
+            errors = sum(one.errors for one in found[who])
+            rest = "".join(f"{one:>9.2f}" for one in medians[1:])
+            yield f"{name:22}{medians[0]:>12,.0f}{rest}{errors:>8}"
+        for this, that in itertools.combinations(names, 2):
+            pair = f"{names[this]} / {names[that]}"
+            yield f"{pair:22}{ratios(found[this], found[that])}"
+
+
+def benchmark(rounds: int, seconds: int) -> None:
+    """How fast the daemon is beside the raw calls of etcd's gateway and beside another server."""
     if not shutil.which("wrk"):
         sys.exit("benchmark: no wrk on PATH: apt-get install wrk")
-    seen: dict[tuple[int, str, str], list[Measured]] = {}
-    memory = 0.0
-    for _ in range(ROUNDS):
-        with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
-            folder = Path(name)
-            etcd = stack.enter_context(Etcd(folder))
-            daemon = Daemon(folder, etcd.url)
-            stack.callback(daemon.stop)
-            for connections in (150, 1):
-                for load in loads(etcd, daemon, f"{connections}"):
-                    measured = run_wrk(load, connections, folder)
-                    seen.setdefault((connections, load.raw, load.name), []).append(measured)
-            memory = max(memory, resident_mib(daemon.process.pid))
-    print(
-        f"{'load':18}{'connections':>12}{'requests/s':>12}{'p50 ms':>9}{'p99 ms':>9}{'errors':>8}   by the raw call"
+    results: Results = {}
+    memory: dict[str, float] = {}
+    for number in range(rounds):
+        for who, mib in one_round(number, seconds, results).items():
+            memory[who] = max(mib, memory.get(who, 0))
+    print("\n".join(table(results)))
+    shown = ", ".join(f"{who} {mib:.0f} MiB" for who, mib in memory.items())
+    print(f"\nmemory after all loads: {shown}; {rounds} rounds of {seconds} s a load")
+    for command in ([PYTHON, "-V"], [etcd_binary(), "--version"]):
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        print(told.splitlines()[0])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Measures the daemon beside the raw calls of etcd's gateway. The command in"
+        " SHARED_LOCK_BENCHMARK_OTHER, if there is one, starts another server to compare with,"
+        " on the same etcd and with the same variables."
     )
-    for (connections, raw, name), rounds in seen.items():
-        yardstick = seen[connections, raw, raw]
-        rate, p50, p99 = (
-            statistics.median(getattr(one, what) for one in rounds)
-            for what in ("rate", "p50", "p99")
-        )
-        rates = statistics.median(
-            one.rate / other.rate for one, other in zip(rounds, yardstick, strict=True)
-        )
-        p50s = statistics.median(
-            one.p50 / other.p50 for one, other in zip(rounds, yardstick, strict=True)
-        )
-        ratio = f"{rates:.2f} x requests/s" if connections > 1 else f"{p50s:.2f} x p50"
-        errors = sum(one.errors for one in rounds)
-        print(
-            f"{name:18}{connections:>12}{rate:>12,.0f}{p50:>9.2f}{p99:>9.2f}{errors:>8}   {ratio}"
-        )
-    print(
-        f"memory of the daemon after all loads: {memory:.0f} MiB; {ROUNDS} rounds of {WRK_SECONDS} s a load"
-    )
-    versions = [[PYTHON, "-V"], [etcd_binary(), "--version"]]
-    shown = [
-        subprocess.run(one, capture_output=True, text=True, check=True).stdout for one in versions
-    ]
-    print(" - ".join(text.splitlines()[0] for text in shown))
+    parser.add_argument("what", choices=["benchmark"])
+    parser.add_argument("--rounds", type=int, default=5, help="each on a fresh etcd [5]")
+    parser.add_argument("--seconds", type=int, default=4, help="for one load [4]")
+    options = parser.parse_args()
+    benchmark(options.rounds, options.seconds)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["benchmark"]:
-        benchmark()
-    else:
-        sys.exit("usage: python test_shared_lock.py benchmark")
+    main()
