@@ -5794,9 +5794,9 @@ RECOVERY_SECONDS = 6  # how long after a fault clients may be told of it
 class Cluster:
     """Three members of etcd, which tests may kill, freeze and restart; heal() makes all three well again."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *options: str) -> None:
         peers = {f"m{number}": free_port() for number in range(3)}
-        self.members = [Etcd(folder, name, peers) for name in peers]
+        self.members = [Etcd(folder, name, peers, *options) for name in peers]
         self.urls = ",".join(member.url for member in self.members)
 
     def leader(self) -> Etcd:
@@ -6116,6 +6116,57 @@ def test_while_every_member_is_restarted_in_turn_nothing_is_lost(
     }
     History(cluster.members[1]).check(clients.calls)
     assert daemon.release(lock.text).status == 200
+
+
+def upgrades() -> list[str]:
+    """etcd servers from old to new: each may follow the one before in a cluster that goes on."""
+    given = os.environ.get("SHARED_LOCK_TEST_UPGRADE")
+    if not given:
+        pytest.skip("SHARED_LOCK_TEST_UPGRADE names no etcd servers; .ci/run builds some")
+    return given.split(":")
+
+
+def upgrade(member: Etcd, binary: str) -> None:
+    """As an operator does it: the old server ends well, the new one has its data."""
+    assert member.process
+    member.signal(signal.SIGTERM)
+    member.process.wait(30)
+    member.binary = binary
+    member.start().wait()
+
+
+def is_upgraded(cluster: Cluster) -> bool:
+    """Whether the cluster is of the release of its members: before, none may be newer."""
+    told = [json.loads(ask(one.port, "GET", "/version").text) for one in cluster.members]
+    return all(one["etcdserver"].startswith(one["etcdcluster"][:-1]) for one in told)
+
+
+def test_while_each_member_is_upgraded_in_turn_no_request_is_answered_wrongly(
+    tmp_path: Path, start: Start, key: str
+) -> None:
+    old, *newer = upgrades()
+    # Of entries that 3.5 wrote some kill 3.7, if 3.6 took no snapshot since; it does after 10,000.
+    cluster = Cluster(tmp_path, "--snapshot-count", "100")
+    with contextlib.ExitStack() as stack:
+        for member in cluster.members:
+            member.binary = old
+            stack.callback(member.stop)
+        cluster.heal()
+        daemon = start(cluster.urls)
+        lock = daemon.acquire(key, "300s")
+
+        with Clients(daemon, key, 8) as clients:
+            for binary in newer:
+                for member in cluster.members:
+                    upgrade(member, binary)
+                eventually(lambda: is_upgraded(cluster), 30)
+            upgraded = time.monotonic()
+            time.sleep(2)
+
+        assert {call.status for call in clients.since(upgraded)} <= {200, 201, 202}
+        assert {call.status for call in clients.calls} <= {200, 201, 202, 500}
+        History(cluster.members[0]).check(clients.calls)
+        assert (daemon.token(key), daemon.release(lock.text).status) == (lock.token, 200)
 
 
 def test_a_frozen_member_is_used_again_when_it_is_well(
