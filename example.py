@@ -48,7 +48,6 @@ and
 
 import argparse
 import contextlib
-import dataclasses
 import functools
 import json
 import os
@@ -65,7 +64,7 @@ import urllib.parse
 from collections.abc import Callable, Iterable, Mapping
 from http.client import HTTPConnection, HTTPException, IncompleteRead
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 if sys.hexversion < 0x030B0000:  # older ones can read this file to its end, but not run it
     python = sys.version.split()[0]
@@ -129,8 +128,7 @@ class Refused(Failure):
     """No later try would go better."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """What the service says."""
 
     status: int
@@ -309,7 +307,7 @@ class Request:
             path = self._service.path + self._path
             connection.request(self._method, path, self._body, headers)
             response = connection.getresponse()
-            text = response.read(1 << 16).decode("utf-8", "replace").strip()
+            text = response.read().decode("utf-8", "replace").strip()
         told = {name.lower(): value for name, value in response.getheaders()}
         return Answer(response.status, text, told, alone=len(self._asked) == 1)
 
