@@ -6686,10 +6686,10 @@ def stand_in(
         server.shutdown()
 
 
-def held(granted: str) -> example.Lease:
+def lease_of(granted: float) -> example.Lease:
     """A lock of which this process is told that it has it, of a service that is away."""
     service = example.Service("http://127.0.0.1:1")
-    return example.Lease(service, "4711", "1", float(granted), example.now())
+    return example.Lease(service, "4711", "1", granted, example.now())
 
 
 # -- The command and its lock
@@ -6936,7 +6936,7 @@ def test_of_a_revoked_lease_a_stubborn_group_is_killed(
 def test_a_lease_that_has_ended_stops_the_command_at_once(
     monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    lease = held("3600")
+    lease = lease_of(3600)
     command = example.Command(["sh", "-c", "trap '' TERM; exec sleep 15"], {})
     started, woken_at = time.monotonic(), example.now() + 4000
 
@@ -7183,7 +7183,7 @@ def test_of_the_addresses_of_a_name_the_one_that_answers_is_found_and_asked_alon
         for number, how in enumerate(sick, 2):
             addresses.append(f"127.0.0.{number}")
             if how in says:
-                place = {"host": addresses[-1], "port": healthy.server_port}
+                place: Any = {"host": addresses[-1], "port": healthy.server_port}
                 others.enter_context(stand_in(release=[says[how]], **place))
         service = at_locks_test(healthy)
         addresses.append("127.0.0.1")
