@@ -181,12 +181,12 @@ class Service:
             self._addresses = [(info[0], info[4]) for info in found]
         return sorted(self._addresses, key=lambda address: self._ranks.get(address, 0))
 
-    def judge(self, asked: Iterable[Address], answered: Address | None) -> None:
-        """Remembers who answered, and who was asked and did not."""
+    def _judge(self, asked: Iterable[Address], good: Address | None) -> None:
+        """Remembers who answered well, and who was asked and did not."""
         for address in asked:
             self._ranks[address] = now()
-        if answered:
-            self._ranks[answered] = -now()
+        if good:
+            self._ranks[good] = -now()
 
     def request(
         self,
@@ -202,9 +202,15 @@ class Service:
 
         It may take so many seconds, and those of `patience` more, for which the service waits.
         """
-        answer = Request(self, what, body, headers).answer(seconds, patience)
-        if answer.status in expected:
-            return answer
+        request = Request(self, what, body, headers)
+        good = None
+        try:
+            answer, address = request.answer(seconds, patience)
+            if answer.status in expected:
+                good = address
+                return answer
+        finally:
+            self._judge(request.asked, good)
         text = f"{self.url}: answers {answer.status}: {answer.text}"
         if answer.status >= 500 or answer.status in (408, 429):
             raise Unavailable(text)
@@ -226,13 +232,13 @@ class Request:
         self._body = body or None
         self._headers = headers
         self._over = threading.Event()  # somebody answered, all have failed, or the time is up
-        self._asked: list[Address] = []
+        self.asked: list[Address] = []
         self._sockets: list[socket.socket] = []
-        self._answers: list[tuple[Address, Answer]] = []
+        self._answers: list[tuple[Answer, Address]] = []
         self._failures: list[Failure] = []
 
-    def answer(self, seconds: float, patience: float) -> Answer:
-        """The first answer, whatever it says. Raises Failure."""
+    def answer(self, seconds: float, patience: float) -> tuple[Answer, Address]:
+        """The first answer, whatever it says, and whose it is. Raises Failure."""
         in_turn = functools.partial(self._ask_all, now() + seconds, patience)
         threading.Thread(target=in_turn, daemon=True).start()
         try:
@@ -240,10 +246,7 @@ class Request:
         finally:
             self._cut()
         if self._answers:
-            address, answer = self._answers[0]
-            self._service.judge(self._asked, address if answer.status < 500 else None)
-            return answer
-        self._service.judge(self._asked, None)
+            return self._answers[0]
         refusals = [failure for failure in self._failures if isinstance(failure, Refused)]
         if not in_time and not refusals:
             raise Unavailable(f"{self._service.url}: no answer in time")
@@ -264,7 +267,7 @@ class Request:
             for address in addresses:
                 if self._over.is_set():
                     return
-                self._asked.append(address)
+                self.asked.append(address)
                 threads.append(threading.Thread(target=self._ask, args=[address], daemon=True))
                 threads[-1].start()
                 threads[-1].join(patience + share)
@@ -284,7 +287,7 @@ class Request:
         except (OSError, HTTPException, ValueError) as fault:
             self._fail(fault)
         else:
-            self._answers.append((address, answer))
+            self._answers.append((answer, address))
             self._over.set()
 
     def _exchange(self, address: Address, token: str) -> Answer:
@@ -309,7 +312,7 @@ class Request:
             response = connection.getresponse()
             text = response.read().decode("utf-8", "replace").strip()
         told = {name.lower(): value for name, value in response.getheaders()}
-        return Answer(response.status, text, told, alone=len(self._asked) == 1)
+        return Answer(response.status, text, told, alone=len(self.asked) == 1)
 
     def _fail(self, fault: Exception) -> None:
         if self._over.is_set():  # our own end of it, maybe

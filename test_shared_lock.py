@@ -7246,7 +7246,7 @@ def test_where_no_address_answers_the_reason_is_told_that_no_later_try_would_cha
         release(at_locks_test(one), seconds=0.4)
 
 
-@pytest.mark.parametrize("fault", ["silent", "lost", "500 no"])
+@pytest.mark.parametrize("fault", ["silent", "lost", "500 no", "404 no"])
 def test_after_a_fault_another_address_is_asked_first_and_the_name_is_looked_up_anew(
     addresses: list[str], fault: str
 ) -> None:
@@ -7255,7 +7255,7 @@ def test_after_a_fault_another_address_is_asked_first_and_the_name_is_looked_up_
         service = at_locks_test(old)
         release(service)
         addresses.append("127.0.0.2")
-        with pytest.raises(example.Unavailable):
+        with pytest.raises(example.Failure):
             release(service, seconds=0.3)
 
         with stand_in(host="127.0.0.2", port=old.server_port) as new:
