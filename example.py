@@ -414,7 +414,8 @@ class Lock:
                 failures += 1
                 if failures > 1 and give_up_at - now() < TICK_SECONDS:
                     raise  # not after one, since the lock may be ours, and only the answer lost
-                self._news.tell(f"no lock yet, trying again: {failure}")
+                if seconds:  # else there is one more try, at once, and its end is told
+                    self._news.tell(f"no lock yet, trying again: {failure}")
             else:
                 failures = 0
                 if lease:

@@ -7076,6 +7076,8 @@ def test_a_lost_answer_costs_one_more_request_with_the_same_id(run: Run, lost: l
         assert set(service.ids()) == {runner.out().strip()}  # the one that was released, too
         assert 0 < int(runner.out()) < 2**53  # also for a command in JavaScript
         assert len(service.asked("POST /lease")) == len(lost) + 1
+        told = re.findall("trying again", runner.err())
+        assert len(told) == len(lost) - 1  # with -n the next try comes at once: no mail
 
 
 def test_an_id_that_is_in_use_is_never_asked_for_again_nor_released(run: Run) -> None:
