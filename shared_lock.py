@@ -2725,21 +2725,20 @@ class Cluster:
         metrics.sources.append(self._samples)
 
     def require_one(self, deadline: float) -> None:
-        """Returns if all members were looked at, and only one cluster is known. Raises
-        NotApplied."""
+        """Returns if all members were looked at, and only one cluster is known. Raises Refused."""
         while time.monotonic() < min(deadline, self.first_looks_end):
             if not self._unresolved and all(member.looked_at for member in self.members):
                 self.first_looks_end = -math.inf
             else:
                 time.sleep(0.01)
         if self.conflict:
-            raise NotApplied(self.conflict, sick=False)
+            raise Refused(self.conflict)
 
     def bind(self, cluster_id: str) -> None:
-        """Before a grant in this cluster: from now on it is ours. Raises NotApplied."""
+        """Before a grant in this cluster: from now on it is ours. Raises Refused."""
         with self._mutex:
             if self.conflict:
-                raise NotApplied(self.conflict, sick=False)
+                raise Refused(self.conflict)
             self.id = self.id or cluster_id
             if self.id != cluster_id:
                 raise ForeignCluster("it is of another cluster")

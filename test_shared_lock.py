@@ -4037,38 +4037,44 @@ def test_in_memory_leases_are_random_and_tokens_grow() -> None:
 
 
 class Scripted:
-    """Stands for the members of etcd: answers each path by its script, and keeps what was asked.
+    """Stands for the session with etcd: answers each path by its script, and keeps what was asked.
 
-    A script maps the end of a path to an answer, an error to raise, or a function that gets what was asked and the
-    deadline; a list of those is used up from its beginning.
+    A script maps the end of a path to an answer, an error to raise, or a function that gets what
+    was asked and the deadline; a list of those is used up from its beginning.
     """
 
     def __init__(self, script: dict[str, Any]) -> None:
         self.script = script
         self.asked: list[tuple[str, Any]] = []
-
-    def check_clusters(self, deadline: float) -> None:
-        """All are of one."""
+        self.cluster = shared_lock.Cluster((), shared_lock.Metrics())
+        self.cluster.first_looks_end = 0
 
     def start(self) -> None:
-        """Nobody watches them."""
+        """Nobody looks after the members."""
 
-    def post(self, url: str, *, json: Any, deadline: float, **_: object) -> Any:
-        path = next(path for path in self.script if url.endswith(path))
+    def post(self, call: shared_lock.Call, *, json: Any, deadline: float, **_: object) -> Any:
+        path = next(path for path in self.script if call.line.endswith(path))
         self.asked.append((path, json))
         step = self.script[path]
         step = step.pop(0) if isinstance(step, list) else step
         answer = step(json, deadline) if callable(step) else step
         if isinstance(answer, shared_lock.StorageError):
             raise answer
-        return types.SimpleNamespace(status_code=200, json=lambda: answer)
+        found = call.read(answer)
+        return types.SimpleNamespace(status_code=200, json=lambda: found)
 
     def of(self, path: str) -> list[Any]:
         return [json for asked, json in self.asked if asked == path]
 
 
-def gateway_on(members: Any) -> shared_lock.Gateway:
-    return shared_lock.Gateway(members)
+def gateway_on(session: Any) -> shared_lock.Gateway:
+    return shared_lock.Gateway(session)
+
+
+def storage_on(session: Any, timeout: float = 5) -> shared_lock.EtcdStorage:
+    storage = shared_lock.EtcdStorage(gateway_on(session), timeout)
+    storage.start()
+    return storage
 
 
 def claim_of(key: str, lease: int, value: str = "") -> shared_lock.LockRequest:
@@ -4103,38 +4109,41 @@ def test_answers_to_keepalives_are_matched_by_id() -> None:
 def test_a_keepalive_whose_answer_is_missing_is_repeated() -> None:
     client = Scripted({"/lease/keepalive": [renewed_but(7), renewed_but(7), renewed_but()]})
 
-    assert shared_lock.EtcdStorage(gateway_on(client), 5).renew(7) == 70
+    assert storage_on(client).renew(7) == 70
 
     assert len(client.asked) == 3
 
 
-def test_a_lost_claim_whose_holder_cannot_be_read_is_unknown_since_an_earlier_try_may_have_won() -> (
-    None
-):
-    client = Scripted(
-        {
-            "/kv/txn": {"header": {"revision": "7"}},
-            "/kv/range": shared_lock.StorageError("no leader"),
-        }
-    )
+def test_a_claim_in_doubt_whose_holder_cannot_be_read_may_be_ours_and_ends_its_lease() -> None:
+    in_doubt = [shared_lock.OutcomeUnknown("reset"), {"header": {"revision": "7"}}]
+    unreadable = shared_lock.Refused("no space")
+    script = {"/lease/grant": grants, "/kv/txn": in_doubt, "/kv/range": unreadable}
+    client = Scripted({**script, "/lease/revoke": {}})
 
-    (outcome,) = gateway_on(client).claim([claim_of("k", 5)], soon())
+    with pytest.raises(shared_lock.NotApplied, match="no space"):
+        take(storage_on(client), "k")
 
-    assert type(outcome) is shared_lock.OutcomeUnknown
+    assert [asked["ID"] for asked in client.of("/lease/revoke")] == [
+        asked["ID"] for asked in client.of("/lease/grant")
+    ]
 
 
 def test_a_lease_that_ended_between_two_tries_to_get_it_is_not_granted() -> None:
-    taken = shared_lock.Refused("lease already exists", 9)
-    client = Scripted({"/kv/range": {}, "/lease/grant": taken, "/lease/timetolive": {"TTL": "-1"}})
+    taken = shared_lock.Refused("lease already exists", code=9)
+    doubtful = [shared_lock.OutcomeUnknown("reset"), taken]
+    client = Scripted({"/lease/grant": doubtful, "/lease/timetolive": {"TTL": "-1"}})
 
     with pytest.raises(shared_lock.StorageError, match="ended before it was used"):
-        take(shared_lock.EtcdStorage(gateway_on(client), timeout=5), "k")
+        take(storage_on(client), "k")
 
 
 def test_a_revoke_that_is_refused_for_another_reason_than_a_lease_that_is_gone_is_an_error() -> (
     None
 ):
-    refusals = [shared_lock.Refused("not found", 5), shared_lock.Refused("permission denied", 7)]
+    refusals = [
+        shared_lock.Refused("not found", code=5),
+        shared_lock.Refused("permission denied", code=7),
+    ]
     gateway = gateway_on(Scripted({"/lease/revoke": refusals}))
 
     gateway.revoke(5, soon())
@@ -4159,7 +4168,7 @@ def test_leases_that_cannot_be_ended_wait_in_one_thread_and_are_ended_when_etcd_
         "/lease/revoke": times_out,
     }
     client = Scripted(script)
-    storage = shared_lock.EtcdStorage(gateway_on(client), timeout=0.02)
+    storage = storage_on(client, 0.02)
     threads = threading.active_count()
 
     for number in range(50):
@@ -4175,13 +4184,13 @@ def test_leases_that_cannot_be_ended_wait_in_one_thread_and_are_ended_when_etcd_
 
 
 def test_a_claim_that_etcd_refuses_is_not_acquired_once_its_lease_is_ended() -> None:
-    refusal = shared_lock.Refused("no space", 8)
+    refusal = shared_lock.Refused("no space", code=8)
     client = Scripted(
         {"/kv/range": {}, "/lease/grant": grants, "/kv/txn": refusal, "/lease/revoke": {}}
     )
 
     with pytest.raises(shared_lock.StorageError, match="no space") as caught:
-        take(shared_lock.EtcdStorage(gateway_on(client), timeout=5), "k")
+        take(storage_on(client), "k")
 
     assert not isinstance(caught.value, shared_lock.OutcomeUnknown)
     assert [asked["ID"] for asked in client.of("/lease/revoke")] == [
@@ -4191,16 +4200,19 @@ def test_a_claim_that_etcd_refuses_is_not_acquired_once_its_lease_is_ended() -> 
 
 @pytest.fixture(scope="session")
 def gateway(etcd: Etcd) -> shared_lock.Gateway:
-    """A gateway in this process, as open_storage builds it; it looks at its members to the end of the session."""
+    """A gateway in this process, as open_storage builds it.
+
+    It looks at its members to the end of the session.
+    """
     config = shared_lock.Config.from_env({"SHARED_LOCK_ETCD_ADDR_LIST": etcd.url})
-    gateway = shared_lock.Gateway(shared_lock.Members(config, shared_lock.Metrics()))
-    gateway.start()
+    gateway = shared_lock.Gateway(shared_lock.Session(config, shared_lock.Metrics()))
+    gateway.session.start()
     return gateway
 
 
 def granted(gateway: shared_lock.Gateway, count: int) -> list[int]:
     leases = [shared_lock.new_lease_id() for _ in range(count)]
-    assert [gateway.grant(claim_of("k", lease), soon()) for lease in leases] == [60] * count
+    assert [gateway.grant((lease, 60), soon()) for lease in leases] == [60] * count
     return leases
 
 
@@ -4218,17 +4230,16 @@ def test_of_two_claims_of_a_key_in_one_call_the_first_wins(
 ) -> None:
     a, b, c, d = granted(gateway, 4)
     names = [key, key + " another", key, key + " held"]
-    held = gateway.claim([claim_of(names[3], d)], soon())
+    gateway.claim([claim_of(names[3], d)], soon())
     claims = [claim_of(name, lease, "v") for name, lease in zip(names, (a, b, c, c), strict=True)]
 
-    holders: list[Any] = list(gateway.claim(claims, soon()))
+    tokens = gateway.claim(claims, soon())
 
-    assert [holder.lease for holder in holders] == [a, b, a, d]
-    assert holders[3] == held[0]
-    assert etcd.key(key) == {"create_revision": holders[0].token, "lease": a, "value": b"v"}
-    again: list[Any] = list(gateway.claim(claims, soon()))  # a repetition finds its own lease
-    assert [(one.lease, one.token) for one in again] == [(one.lease, one.token) for one in holders]
-    assert gateway.holders([key, key + " free", key], soon()) == [holders[0], None, holders[0]]
+    assert tokens == [tokens[0], tokens[0], 0, 0]
+    assert etcd.key(key) == {"create_revision": tokens[0], "lease": a, "value": b"v"}
+    assert gateway.find_holder(key, soon()) == shared_lock.Holder(a, tokens[0], "v")
+    assert gateway.claim(claims, soon()) == [0, 0, 0, 0]  # a repetition puts nothing
+    assert gateway.are_held([key, key + " free", key], soon()) == [True, False, True]
 
 
 @pytest.mark.parametrize(
@@ -4253,7 +4264,7 @@ def test_of_two_claims_of_a_key_in_one_call_the_first_wins(
         (429, 8, "mvcc: database space exceeded", "Refused"),
         (403, 7, "permission denied", "Refused"),
         (401, 16, "invalid auth token", "Refused"),
-        (503, 14, "no leader", "StorageError"),
+        (503, 14, "no leader", "NotApplied"),
         (503, 14, "request timed out", "OutcomeUnknown"),
         (503, 14, "leader changed", "OutcomeUnknown"),
         (500, 2, "not a primary lessor", "OutcomeUnknown"),
@@ -4267,7 +4278,7 @@ def test_every_shape_of_error_is_understood(
 
     fault = shared_lock.classify(200 if '"error":{' in shape else status, text)
 
-    assert (type(fault).__name__.replace("Unavailable", "StorageError"), message in str(fault)) == (
+    assert (type(fault).__name__, message in str(fault)) == (
         kind,
         True,
     )
@@ -4276,12 +4287,12 @@ def test_every_shape_of_error_is_understood(
 @pytest.mark.parametrize(
     "status, text, kind, shown",
     [
-        (404, "404 page not found\n", "StorageError", "gateway"),
+        (404, "404 page not found\n", "NotApplied", "gateway"),
         (503, "", "OutcomeUnknown", "503"),
         (
             400,
             "CommonName of client sending a request against gateway will be ignored",
-            "StorageError",
+            "NotApplied",
             "CommonName",
         ),
         (502, "<html>\nbad gateway", "OutcomeUnknown", "bad gateway"),
@@ -4294,7 +4305,7 @@ def test_an_error_that_is_not_of_etcd_is_understood(
 ) -> None:
     fault = shared_lock.classify(status, text)
 
-    assert (type(fault).__name__.replace("Unavailable", "StorageError"), "\n" in str(fault)) == (
+    assert (type(fault).__name__, "\n" in str(fault)) == (
         kind,
         False,
     )
@@ -4535,7 +4546,7 @@ def test_a_call_carries_no_more_than_fits(pool: Pool, share: float, sizes: list[
 
 
 def test_a_refusal_harms_only_the_caller_that_is_refused(call: HeldCall) -> None:
-    call.faults[3] = shared_lock.Refused("requested lease not found", 5)
+    call.faults[3] = shared_lock.Refused("requested lease not found", code=5)
     first, *later = [call.first(1), *call.behind(2, 3, 4)]
 
     call.let_go(5)
