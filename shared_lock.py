@@ -2121,19 +2121,20 @@ class EtcdStorage(Storage):
 
 
 # == Combiner: one call for all that wait ========================================================
-# A read costs etcd 407 µs of CPU alone and 13 µs as one of 64 in a call. While one call is under
-# way, later callers gather in a batch; when the call is back, one of them makes the next, in its
-# own thread. There is no dispatcher thread, and a lone caller pays nothing.
+# A read costs etcd 407 µs of CPU alone and 13 µs as one of 64 in a call. So there is one call at a
+# time, and who comes meanwhile gathers in a batch that shares the next call.
 #
-#      time ->      A's call is under way        A's call is back       D's call is under way
-#      batch 1      A leads; B, C wait           answers A, B, C        -
-#      batch 2      D, E join and wait           baton 2: D leads       D leads; E waits
-#      batch 3      -                            -                      F, G join and wait
+#     time      |   first call    |     second call     |    third call     |
+#     ----------|-----------------|---------------------|-------------------|--->
+#     batch 1   |  A calls        |  A leaves           |                   |
+#     batch 2   |  B, C, D wait   |  B calls for B C D  |  B, C, D leave    |
+#     batch 3   |                 |  E, F wait          |  E calls for E F  |  E, F leave
 #
-# Each batch has a baton, and its callers wait for that. Who gets it first leads: it makes the
-# call. Then it hands the baton of the next batch to that one, and its own to the next caller of
-# its batch, who finds an answer and hands it on. To wake all at once makes them fight for the
-# interpreter: 15 % fewer requests/s.
+# A batch has one baton, a lock that its callers wait for. When A's call is back, A releases the
+# baton of batch 2, and B gets it. B is the first, so it makes the call, in its own thread. Then B
+# releases two: that of batch 3, for E to call, and its own. C gets that, finds its answer and
+# releases it for D. To wake all at once makes them fight for the interpreter: 15 % fewer
+# requests/s. While there is no call, the baton of the empty batch is free: A waits for nobody.
 
 
 class _Entry(Generic[Item]):
@@ -2141,7 +2142,7 @@ class _Entry(Generic[Item]):
 
     def __init__(self, item: Item) -> None:
         self.item = item
-        self.answer: Any = None  # or a StorageError; None: the call broke off
+        self.answer: Any = None  # or a StorageError; None: there is none
 
 
 class _Batch(Generic[Item]):
@@ -2150,7 +2151,7 @@ class _Batch(Generic[Item]):
     def __init__(self) -> None:
         self.entries: list[_Entry[Item]] = []
         self.room = 1.0  # of a call, what is not taken up
-        self.has_started = False  # then nobody joins it any more
+        self.has_started = False  # then nobody joins it or leaves it any more
         self.baton = threading.Lock()
         self.baton.acquire()
 
@@ -2170,60 +2171,71 @@ class Combiner(Generic[Item, Answer]):
     ) -> None:
         self._call = call
         self._share = share
-        self._mutex = threading.Lock()  # owns the two below, and who is in which batch
-        self._waiting: collections.deque[_Batch[Item]] = collections.deque()  # the last is open
-        self._busy = False  # a call is under way, or a baton on its way to who makes the next
+        self._mutex = threading.Lock()  # owns who is in which batch, and which has started
+        # Those that have not started. The first is next, the last takes later callers. Outside of
+        # the mutex one call is under way, or the baton of the first is free or in a caller's hand.
+        self._batches = collections.deque([_Batch[Item]()])
+        self._batches[0].baton.release()
 
     def ask(self, item: Item, deadline: float) -> Answer:
         """The answer to this item, by `deadline` (time.monotonic). Raises StorageError."""
         entry = _Entry(item)
-        batch = self._join(entry)
-        self._await_baton(batch, entry, deadline)
-        try:
-            if not batch.has_started:
-                self._lead(batch, deadline)
-        finally:
-            batch.baton.release()
-        answer: Any = entry.answer
+        share = self._share(item)
+        batch = self._take_part(entry, share, deadline)
+        answer = entry.answer
         if isinstance(answer, Refused) and len(batch.entries) > 1:  # another may be to blame
             [answer] = self._call([item], deadline)
-        if answer is None:
-            raise OutcomeUnknown("the call that it shared broke off")
         if isinstance(answer, StorageError):
             # A copy: one that several threads raise collects the tracebacks of all.
             raise copy.copy(answer) from answer
-        return cast(Answer, answer)
-
-    def _join(self, entry: _Entry[Item]) -> _Batch[Item]:
-        share = self._share(entry.item)
+        if answer is not None:
+            return cast(Answer, answer)
+        if entry in batch.entries:
+            raise OutcomeUnknown("the call that it shared broke off, or takes too long")
         with self._mutex:
-            if not self._waiting or self._waiting[-1].room < share:
-                self._waiting.append(_Batch())
-            batch = self._waiting[-1]
-            batch.entries.append(entry)
-            batch.room -= share
-            if not self._busy:
-                self._busy = True
-                batch.baton.release()
-            return batch
-
-    def _await_baton(self, batch: _Batch[Item], entry: _Entry[Item], deadline: float) -> None:
-        """Returns with the baton of the batch. Raises StorageError when the time is up."""
-        if batch.baton.acquire(timeout=max(0.0, deadline - time.monotonic())):
-            return
-        with self._mutex:
-            if batch.baton.acquire(blocking=False):  # it came in this very moment
-                return
-            if batch.has_started:
-                raise OutcomeUnknown("timed out while etcd was asked")
-            batch.entries.remove(entry)
-            batch.room += self._share(entry.item)
+            batch.room += share
         raise NotApplied("timed out behind others that wait for etcd")
 
-    def _lead(self, batch: _Batch[Item], deadline: float) -> None:
-        """Makes the call of this batch, and then lets the next one start."""
+    def _take_part(self, entry: _Entry[Item], share: float, deadline: float) -> _Batch[Item]:
+        """Joins a batch, and leaves it with an answer or when the time is up."""
+        batch = self._join(entry, share)
+        has_baton = False
+        leads = False
+        try:
+            has_baton = batch.baton.acquire(timeout=max(0.0, deadline - time.monotonic()))
+            leads = has_baton and not batch.has_started
+            if leads:
+                self._lead(batch, deadline)
+        finally:  # makes no object and calls no function of ours: memory may have run out
+            with self._mutex:
+                if not batch.has_started:  # gives up; the baton may have come this very moment
+                    batch.entries.remove(entry)
+                    leads = leads or batch.baton.acquire(False)
+                if leads:
+                    while not self._batches[0].entries and len(self._batches) > 1:
+                        self._batches.popleft()  # all of them gave up
+                    self._batches[0].baton.release()
+                if has_baton and batch.has_started:
+                    batch.baton.release()
+        return batch
+
+    def _join(self, entry: _Entry[Item], share: float) -> _Batch[Item]:
         with self._mutex:
-            self._waiting.remove(batch)
+            batch = self._batches[-1]
+            if batch.entries and batch.room < share:
+                batch = _Batch()
+                self._batches.append(batch)
+            room = batch.room - share
+            batch.entries.append(entry)  # the last that may fail
+            batch.room = room
+            return batch
+
+    def _lead(self, batch: _Batch[Item], deadline: float) -> None:
+        """Makes the call of this batch, which is the first."""
+        with self._mutex:
+            if len(self._batches) == 1:
+                self._batches.append(_Batch())
+            self._batches.popleft()
             batch.has_started = True
         try:
             answers = self._call([entry.item for entry in batch.entries], deadline)
@@ -2232,17 +2244,6 @@ class Combiner(Generic[Item, Answer]):
         except StorageError as fault:
             for entry in batch.entries:
                 entry.answer = fault
-        finally:
-            self._start_next()
-
-    def _start_next(self) -> None:
-        with self._mutex:
-            while self._waiting and not self._waiting[0].entries:  # all of them gave up
-                self._waiting.popleft()
-            if self._waiting:
-                self._waiting[0].baton.release()
-            else:
-                self._busy = False
 
 
 # == Gateway: etcd's JSON gateway, in our words ==================================================
