@@ -7525,7 +7525,8 @@ def test_a_frozen_service_stops_the_command_and_all_of_its_group_before_the_leas
     daemon, beat = start("mock"), folder / "beat-frozen"
     runner = run(*sh(STUBBORN), str(beat), ttl="4s", on=daemon.url)
     eventually(beat.exists)
-    time.sleep(2)  # past the first keepalive
+    renewed = 'operation="prolong",status="success"} 1'
+    eventually(lambda: renewed in daemon.request("GET", "/metrics").text)
 
     daemon.process.send_signal(signal.SIGSTOP)
     frozen_at = time.time()
