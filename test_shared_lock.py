@@ -8234,7 +8234,8 @@ def test_the_readme_lists_every_variable_with_its_default() -> None:
 def test_the_readme_stays_short() -> None:
     prose = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
 
-    assert len(prose.split()) <= 3000
+    words = [word for word in prose.split() if re.search(r"\w", word)]  # not the bars of tables
+    assert len(words) <= 3000
 
 
 # == Benchmark: how fast, beside one raw gateway call of the same kind ===============================================
