@@ -1939,6 +1939,7 @@ class EtcdStorage(Storage):
 
     def __init__(self, gateway: Gateway, timeout: float) -> None:
         self._gateway = gateway
+        self._cluster = gateway.session.cluster
         self._timeout = timeout  # seconds for one operation, all tries together
         self._asked = AskedKeys()
         self._held = Combiner(gateway.are_held, lambda key: part_of_call(len(key)))
@@ -1954,7 +1955,9 @@ class EtcdStorage(Storage):
         keep_running("end-leases", self._end_one_doomed)
 
     def check(self) -> None:
-        operation = self._begin(bound_is_enough=True)
+        operation = Operation(self._timeout)
+        if not self._cluster.id:
+            self._cluster.require_one(operation.deadline)
         operation.read(self._held.ask, "")  # in our prefix, and nobody's key
 
     def acquire(self, wanted: LockRequest) -> Grant | None:
@@ -1963,7 +1966,8 @@ class EtcdStorage(Storage):
 
         A caller that chose its lease always reads first: its lease is never ended here, and after
         a lost race would answer keepalives for a whole ttl."""
-        operation = self._begin()
+        operation = Operation(self._timeout)
+        self._cluster.require_one(operation.deadline)
         was_asked = self._asked.ask(wanted.key)
         if wanted.lease:
             holder = operation.read(self._gateway.find_holder, wanted.key)
@@ -2046,9 +2050,10 @@ class EtcdStorage(Storage):
     def free(self, key: str, token: int) -> Freed:
         """Its lease is revoked, and the key goes with it: to delete the key alone would let the
         holder renew for ever, beside the next one."""
-        operation = self._begin()
+        operation = Operation(self._timeout)
         holder = operation.read(self._gateway.find_holder, key)
         if not holder:
+            self._cluster.require_one(operation.deadline)
             return Freed.NOTHING
         if holder.token != token:
             return Freed.OTHER_HOLDER
@@ -2066,8 +2071,10 @@ class EtcdStorage(Storage):
         return Freed.LEASE_LIVES if holder.lease else Freed.FREED
 
     def look(self, key: str) -> Holder | None:
-        operation = self._begin()
+        operation = Operation(self._timeout)
         holder = operation.read(self._gateway.find_holder, key)
+        if not holder:
+            self._cluster.require_one(operation.deadline)
         if not holder or not holder.lease:
             return holder
         found = operation.read(self._gateway.time_to_live, holder.lease)
@@ -2076,22 +2083,14 @@ class EtcdStorage(Storage):
         return holder._replace(ttl=found.left, granted_ttl=found.granted)
 
     def list_locks(self, prefix: str, after: str) -> Page:
-        operation = self._begin()
+        operation = Operation(self._timeout)
+        self._cluster.require_one(operation.deadline)
         if not self._one_list.acquire(timeout=max(0, operation.deadline - time.monotonic())):
             raise NotApplied("timed out behind others that list locks")
         try:
             return operation.read(self._gateway.list_locks, (prefix, after))
         finally:
             self._one_list.release()
-
-    def _begin(self, bound_is_enough: bool = False) -> Operation:
-        """An operation that must not be answered while two clusters are known. Raises
-        NotApplied."""
-        operation = Operation(self._timeout)
-        cluster = self._gateway.session.cluster
-        if not (bound_is_enough and cluster.id):
-            cluster.require_one(operation.deadline)
-        return operation
 
     def _end_lease(self, operation: Operation, wanted: LockRequest, lease: int, ttl: int) -> bool:
         """Cleans up after an acquire that failed, in the background if need be: True if the lease
@@ -2327,9 +2326,8 @@ def _read_lease(answer: Any) -> LeaseInfo | None:
 
 
 HELD = Call("POST /v3/kv/range", lambda answer: int(answer.get("count", 0)) > 0)
-HOLDER = Call("POST /v3/kv/range", _read_locks)
-ONE_LOCK = Call("POST /v3/kv/range", lambda answer: (_read_locks(answer), answer.get("more")))
-PAGE = ONE_LOCK._replace(max_bytes=MAX_PAGE_BYTES)
+LOCK = Call("POST /v3/kv/range", lambda answer: (_read_locks(answer), answer.get("more")))
+LOCKS = LOCK._replace(max_bytes=MAX_PAGE_BYTES)
 GRANT = Call("POST /v3/lease/grant", lambda answer: int(answer["TTL"]), writes=True)
 CLAIM = Call("POST /v3/kv/txn", _read_claim, writes=True)
 DELETE = Call("POST /v3/kv/txn", lambda answer: bool(answer.get("succeeded")), writes=True)
@@ -2370,9 +2368,8 @@ class Gateway:
     def find_holder(self, key: str, deadline: float) -> Holder | None:
         """Who holds the key, with its value, by a linearizable read."""
         read = {"key": to_base64(KEY_PREFIX + key)}
-        for _, holder in self._post(HOLDER, json=read, deadline=deadline):
-            return cast(Holder, holder)
-        return None
+        locks: list[tuple[bytes, Holder]] = self._post(LOCK, json=read, deadline=deadline)[0]
+        return locks[0][1] if locks else None
 
     def list_locks(self, wanted: tuple[str, str], deadline: float) -> Page:
         """Of a prefix and the key to go on behind: the locks of one page, and whether there are
@@ -2396,7 +2393,7 @@ class Gateway:
         """One linearizable read of as many locks as fit into MAX_PAGE_BYTES; one always does."""
         limit = self._page
         while True:
-            call = PAGE if limit > 1 else ONE_LOCK
+            call = LOCKS if limit > 1 else LOCK
             read = {"key": to_base64(first), "range_end": to_base64(end), "limit": limit}
             try:
                 found = self._post(call, json=read, deadline=deadline)
@@ -2728,21 +2725,20 @@ class Cluster:
         metrics.sources.append(self._samples)
 
     def require_one(self, deadline: float) -> None:
-        """Returns if all members were looked at, and only one cluster is known. Raises
-        NotApplied."""
+        """Returns if all members were looked at, and only one cluster is known. Raises Refused."""
         while time.monotonic() < min(deadline, self.first_looks_end):
             if not self._unresolved and all(member.looked_at for member in self.members):
                 self.first_looks_end = -math.inf
             else:
                 time.sleep(0.01)
         if self.conflict:
-            raise NotApplied(self.conflict, sick=False)
+            raise Refused(self.conflict)
 
     def bind(self, cluster_id: str) -> None:
-        """Before a grant in this cluster: from now on it is ours. Raises NotApplied."""
+        """Before a grant in this cluster: from now on it is ours. Raises Refused."""
         with self._mutex:
             if self.conflict:
-                raise NotApplied(self.conflict, sick=False)
+                raise Refused(self.conflict)
             self.id = self.id or cluster_id
             if self.id != cluster_id:
                 raise ForeignCluster("it is of another cluster")
@@ -2759,6 +2755,12 @@ class Cluster:
                 text = f"{first.name}: {first.fault}" if first else "no address is known yet"
                 raise NotApplied(text)
             time.sleep(min(PAUSE_SECONDS / 4, deadline - now))
+
+    def note_revision(self, cluster_id: str, revision: int) -> None:
+        """What our cluster has answered to a write."""
+        with self._mutex:
+            met = self._meetings.setdefault(cluster_id, Meeting())
+            met.revision = max(met.revision, revision)
 
     def revisions(self) -> dict[str, int]:
         """What each cluster has answered by now: a look that is sent later answers no less."""
@@ -2900,7 +2902,9 @@ class Session:
         for endpoint in self._endpoints:
             keep_running(f"name-{endpoint}", functools.partial(self._follow_name, endpoint))
 
-    def post(self, call: Call, *, json: Any, deadline: float) -> types.SimpleNamespace:
+    def post(
+        self, call: Call, *, json: Any, deadline: float, timeout: object = None
+    ) -> types.SimpleNamespace:
         """Asks for as long as a try may take, and answers with what the call reads in the answer.
 
         What the call finds doubtful is only believed after a linearizable read over the same
@@ -2970,7 +2974,9 @@ class Session:
         answer = parse_answer(status, text, isinstance(payload, list))
         try:
             first = answer[0]["result"] if isinstance(answer, list) else answer
-            cluster_id = str(int(first.get("header", {}).get("cluster_id", link.cluster or 0)))
+            header = first.get("header", {})  # the answer to /version has none
+            cluster_id = str(int(header.get("cluster_id", link.cluster or 0)))
+            revision = int(header.get("revision", 0))
             found = call.read(answer)
         except NOT_ETCDS as fault:
             link.close()
@@ -2981,6 +2987,8 @@ class Session:
                 self.cluster.note_look(member, cluster_id, 0, 0, is_new=True)
             raise OutcomeUnknown(f"it answers for another cluster, too, {cluster_id}")
         link.cluster = cluster_id
+        if call.writes:
+            self.cluster.note_revision(cluster_id, revision)
         return found
 
     @contextlib.contextmanager
