@@ -2010,10 +2010,7 @@ class EtcdStorage(Storage):
         try:
             token = operation.ask(ask, wanted._replace(lease=lease))
             if not token and (operation.doubt or wanted.lease):
-                # Ours all the same, by a try whose answer was lost or by a copy of the request?
-                holder = operation.read(self._gateway.find_holder, wanted.key)
-                if holder and holder.lease == lease:
-                    token = holder.token
+                token = self._find_token(operation, wanted.key, lease)
         except BaseException as fault:
             ended = self._end_lease(operation, wanted, lease, grant.ttl)
             if ended and isinstance(fault, StorageError):  # without its lease there is no lock
@@ -2023,6 +2020,15 @@ class EtcdStorage(Storage):
             return grant._replace(token=token)
         self._end_lease(operation, wanted, lease, grant.ttl)
         return None
+
+    def _find_token(self, operation: Operation, key: str, lease: int) -> int:
+        """Whether a claim that put nothing has won all the same, by a try whose answer was lost or
+        by a copy of the request: then the token, else 0."""
+        try:
+            holder = operation.read(self._gateway.find_holder, key)
+        except StorageError as fault:
+            raise OutcomeUnknown(str(fault)) from fault
+        return holder.token if holder and holder.lease == lease else 0
 
     def renew(self, lease: int) -> int:
         return Operation(self._timeout).ask(self._renewals.ask, lease)
