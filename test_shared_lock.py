@@ -9135,7 +9135,7 @@ def test_the_example_is_one_file_of_the_standard_library() -> None:
     assert {name.partition(".")[0] for name in imported} <= sys.stdlib_module_names
 
 
-# == Dockerfile and kubernetes-example.yaml: what can be checked as text ==============================================
+# == Dockerfile and kubernetes-example.yaml: what can be checked as text =========================
 
 
 def manifest() -> str:
@@ -9265,7 +9265,7 @@ def test_the_health_check_of_the_image_tells_a_daemon_from_none(on_memory: Daemo
     assert check(free_port()) == 1
 
 
-# == README.md: what it shows is run as it stands ====================================================================
+# == README.md: what it shows is run as it stands ================================================
 
 README = (HERE / "README.md").read_text()
 
@@ -9315,7 +9315,7 @@ def fresh_machine(folder: Path, etcd_port: int) -> dict[str, str]:
 
 
 def like(text: str) -> str:
-    """The text without what is another at each run: times, tokens, names of hosts, numbers of processes."""
+    """The text without what differs from run to run: times, tokens, hosts, processes."""
     known = re.sub('"value": "[^"]+"', '"value": "…"', text)
     return re.sub('("(ttl|fencing_token)": )[0-9]+', r"\1…", known)
 
@@ -9372,7 +9372,7 @@ def test_all_blocks_can_be_pasted_into_a_shell_in_order_and_print_what_the_readm
 # -- The job on many machines
 
 
-def test_the_readmes_line_for_cron_runs_a_job_once_on_machines_whose_clocks_differ_and_sends_no_mail(
+def test_the_readmes_line_for_cron_runs_a_job_once_where_clocks_differ_and_sends_no_mail(
     tmp_path: Path, daemon: Daemon, key: str
 ) -> None:
     [line] = [line for line in "".join(blocks("sh")).splitlines() if "example.py" in line]
@@ -9397,7 +9397,7 @@ def test_the_readmes_line_for_cron_runs_a_job_once_on_machines_whose_clocks_diff
 
 
 class Guarded:
-    """The README's script for cron, in sh; its job is a line for sh that runs in a folder of its own."""
+    """The README's script for cron, in sh; its job is a line for sh that runs in its folder."""
 
     def __init__(self, folder: Path, url: str, key: str, job: str, **more: Any) -> None:
         [script] = re.findall(r"^cat >nightly\.sh <<'END'\n(.*)^END$", README, re.M | re.DOTALL)
