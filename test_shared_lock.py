@@ -7576,12 +7576,12 @@ def test_a_claim_whose_lease_has_ended_harms_no_other(
     callers = [pool.submit(daemon.acquire, key)]
     eventually(lambda: ("/v3/kv/txn", "wait") in proxy.seen)
     callers += [
-        pool.submit(daemon.acquire, f"{key}-{n}", "2s" if n == 20 else "60s") for n in range(40)
+        pool.submit(daemon.acquire, f"{key}-{n}", "7s" if n == 20 else "60s") for n in range(40)
     ]
 
     new = eventually(lambda: len(found := etcd.leases() - before) == 41 and found)
     [short] = [
-        lease for lease in new if etcd.call("/lease/timetolive", {"ID": lease})["grantedTTL"] == "2"
+        lease for lease in new if etcd.call("/lease/timetolive", {"ID": lease})["grantedTTL"] == "7"
     ]
     etcd.call("/lease/revoke", {"ID": short})
     proxy.go_on.set()
