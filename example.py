@@ -437,7 +437,7 @@ class Lock:
         answer = self._service.request(
             "POST /lease",
             self._body,
-            (200, 201, 202, 204, 409),
+            (201, 202, 409),
             seconds=ANSWER_SECONDS,
             patience=patience,
             **headers,

@@ -1501,6 +1501,8 @@ ASK_SECONDS = 0.05  # the longest pause of the first in line while few keys are 
 ASKED_KEYS = 5  # keys with pauses so short: a replica asks the storage some 200 times a second
 MAX_ASK_SECONDS = 0.8  # the longest pause, however many keys there are
 HUNG_UP_SECONDS = 2  # how late we may notice that a caller behind the first has gone
+Line = list[threading.Event]  # one of each caller; set when it has become the first
+Timed = tuple[Grant | None, float]  # what the storage said last, and the seconds that it took
 
 
 class LockService:
@@ -1511,7 +1513,7 @@ class LockService:
         self._metrics = metrics
         self._stopping = threading.Event()  # nobody waits any more
         self._mutex = threading.Lock()  # owns the lines
-        self._lines: dict[str, list[threading.Event]] = {}  # by key; set: it is this caller's turn
+        self._lines: dict[str, Line] = {}  # by key
         metrics.sources.append(
             lambda: {"shared_lock_waiting": sum(map(len, list(self._lines.values())))}
         )
@@ -1519,19 +1521,19 @@ class LockService:
     def acquire(self, wanted: LockRequest) -> Grant | None:
         """Takes the lock; None while somebody else holds it, and the caller waits no longer.
         Raises StorageError, HttpError, or EOFError (the caller has gone)."""
-        if wanted.wait and not self._stopping.is_set():
+        if wanted.wait and not self._stopping.is_set() and not self._has_it(wanted):
             grant, took = self._wait_in_line(wanted)
         else:
             grant, took = self._ask_timed(wanted)
         if not grant:
             event(DEBUG, "refused", key=wanted.key, client=wanted.client)
-            self._metrics.observe_grant(REFUSED, took)
+            self._metrics.observe_grant("accepted", took)
             return None
         try:
             shown = {"lease": grant.lease, "ttl": grant.ttl, "token": grant.token}
             value = wanted.value
             event(INFO, "granted", client=wanted.client, key=wanted.key, **shown, value=value)
-            self._metrics.observe_grant(GRANTED, took)
+            self._metrics.observe_grant("created", took)
             if wanted.wait and wanted.hung_up():
                 raise EOFError("the caller hung up")
         except BaseException:  # who is not told of its lock does not hold it
@@ -1544,10 +1546,8 @@ class LockService:
         StorageError."""
         with self._failures_told("prolong", lease=lease, client=client):
             ttl = self.storage.renew(lease)
-        if ttl:
-            self._metrics.count(RENEWED)
-        else:
-            self._metrics.count(NOT_RENEWED)
+        self._metrics.count("prolong success" if ttl else "prolong failure")
+        if not ttl:
             event(INFO, "lease is gone", lease=lease, client=client)
         return ttl
 
@@ -1556,7 +1556,7 @@ class LockService:
         Raises StorageError."""
         with self._failures_told("release", lease=lease, client=client):
             keys = self.storage.release(lease)
-        self._metrics.count(RELEASED if keys else NOT_RELEASED)
+        self._metrics.count("release success" if keys else "release failure")
         for key in keys:
             event(INFO, "released", key=key, lease=lease, client=client)
         return bool(keys)
@@ -1566,7 +1566,7 @@ class LockService:
         with self._failures_told("release", key=key, client=client):
             freed = self.storage.free(key, token)
         done = freed in (Freed.FREED, Freed.LEASE_LIVES)
-        self._metrics.count(RELEASED if done else NOT_RELEASED)
+        self._metrics.count("release success" if done else "release failure")
         event(INFO, "freed", key=key, token=token, outcome=freed.name.lower(), client=client)
         return freed
 
@@ -1577,7 +1577,7 @@ class LockService:
             return
         with contextlib.suppress(StorageError):  # then it ends with its ttl
             self.storage.release(lease)
-        event(INFO, "caller has gone, lock taken back", lease=lease, client=wanted.client)
+            event(INFO, "caller has gone, lock taken back", lease=lease, client=wanted.client)
 
     def dismiss_waiting(self) -> None:
         """Ends all waits."""
@@ -1586,8 +1586,16 @@ class LockService:
             for turn in itertools.chain.from_iterable(self._lines.values()):
                 turn.set()
 
-    def _ask_timed(self, wanted: LockRequest) -> tuple[Grant | None, float]:
-        """What the storage says, and the seconds that it took."""
+    def _has_it(self, wanted: LockRequest) -> bool:
+        """Whether the caller's own lease holds the key, by a try whose answer was lost. Then it
+        must not stand behind those that wait for it."""
+        if not wanted.lease or wanted.key not in self._lines:
+            return False
+        with self._failures_told("get", key=wanted.key, client=wanted.client):
+            holder = self.storage.look(wanted.key)
+        return holder is not None and holder.lease == wanted.lease
+
+    def _ask_timed(self, wanted: LockRequest) -> Timed:
         started = time.monotonic()
         with self._failures_told("get", key=wanted.key, client=wanted.client):
             grant = self.storage.acquire(wanted)
@@ -1599,19 +1607,18 @@ class LockService:
         try:
             yield
         except StorageError as fault:
-            self._metrics.count(FAILED[operation])
+            self._metrics.count(f"{operation} error")
             event(WARNING, "storage failed", operation=operation, reason=fault, **asked)
             raise
 
-    def _wait_in_line(self, wanted: LockRequest) -> tuple[Grant | None, float]:
+    def _wait_in_line(self, wanted: LockRequest) -> Timed:
         """Joins the line of this key, and leaves it with an answer. Raises EOFError."""
         turn = threading.Event()
         with self._mutex:
             line = self._lines.setdefault(wanted.key, [])
             line.append(turn)
-            line[0].set()
         try:
-            return self._ask_in_turn(wanted, turn)
+            return self._ask_in_turn(wanted, line, turn)
         finally:
             with self._mutex:
                 line.remove(turn)
@@ -1620,31 +1627,28 @@ class LockService:
                 else:
                     del self._lines[wanted.key]
 
-    def _ask_in_turn(
-        self, wanted: LockRequest, turn: threading.Event
-    ) -> tuple[Grant | None, float]:
+    def _ask_in_turn(self, wanted: LockRequest, line: Line, turn: threading.Event) -> Timed:
         """Asks as the first in line, at once, after random pauses, and once more when the wait
         ends. Random, since the lines of two replicas would otherwise keep step, and one of them
         always be late. Who waits holds no lease and writes nothing; a release wakes nobody."""
-        # A second early: a proxy that cuts at 60 s would otherwise cut the answer.
-        deadline = time.monotonic() + min(wanted.wait, MAX_WAIT_SECONDS - 1)
-        while not turn.wait(min(HUNG_UP_SECONDS, max(0, deadline - time.monotonic()))):
-            if wanted.hung_up():
-                raise EOFError("the caller hung up")
-            if time.monotonic() >= deadline:
-                return None, 0
         grant = None
         took = 0.0
-        left = wanted.wait
-        while not grant and left > 0 and not self._stopping.is_set():
+        # A second early: a proxy that cuts at 60 s would otherwise cut the answer.
+        deadline = time.monotonic() + min(wanted.wait, MAX_WAIT_SECONDS - 1)
+        while not self._stopping.is_set():
             if wanted.hung_up():
                 raise EOFError("the caller hung up")
-            grant, took = self._ask_timed(wanted)
+            is_first = line[0] is turn
+            if is_first:
+                grant, took = self._ask_timed(wanted)
             left = deadline - time.monotonic()
-            longest = ASK_SECONDS * max(1, len(self._lines) / ASKED_KEYS)
-            pause = random.uniform(0, min(longest, MAX_ASK_SECONDS))
-            if not grant and left > 0:
-                self._stopping.wait(min(left, pause))
+            if grant or left <= 0:
+                break
+            if is_first:
+                longest = ASK_SECONDS * max(1, len(self._lines) / ASKED_KEYS)
+                self._stopping.wait(min(left, random.uniform(0, min(longest, MAX_ASK_SECONDS))))
+            else:
+                turn.wait(min(left, HUNG_UP_SECONDS))
         return grant, took
 
 
@@ -1701,12 +1705,6 @@ CACHE_SECONDS = 1  # how long a key counts as held after the storage was asked
 MAX_CACHED_KEY_BYTES = 1024
 
 
-class _Remembered:
-    """What is known of one key."""
-
-    held_until = 0.0  # on the clock
-
-
 class Cache:
     """Refuses from memory while a key is known to be held: it can delay a grant and never cause
     one. A refusal that is asked for while the key is released may be believed for its second."""
@@ -1718,13 +1716,15 @@ class Cache:
         self._metrics = metrics
         self._clock = clock
         self._mutex = threading.Lock()  # owns it: by itself, it gives two threads two of one key
-        self._recall = functools.lru_cache(maxsize=size)(lambda key: _Remembered())
+        self._recall = functools.lru_cache(maxsize=size)(
+            lambda key: types.SimpleNamespace(held_until=0.0)
+        )
         self.start = storage.start
         self.check = storage.check
         self.renew = storage.renew
         self.look = storage.look
         self.list_locks = storage.list_locks
-        metrics.sources.append(lambda: {CACHE_EVICTED: self._evictions()})
+        metrics.sources.append(self._samples)
 
     def acquire(self, wanted: LockRequest) -> Grant | None:
         """Whoever waits asks the storage each time, and so does a caller that chose its lease: it
@@ -1732,9 +1732,13 @@ class Cache:
         key = wanted.key
         if wanted.wait or wanted.lease or len(key.encode()) > MAX_CACHED_KEY_BYTES:
             return self._storage.acquire(wanted)
-        if self._is_held(key):
-            return None
         asked_at = self._clock()
+        with self._mutex:
+            held_until = self._recall(key).held_until
+        if held_until > asked_at:
+            self._metrics.count("get hit")
+            return None
+        self._metrics.count("get expired" if held_until else "get miss")
         grant = self._storage.acquire(wanted)
         self._set(key, asked_at + CACHE_SECONDS)  # it is held either way
         return grant
@@ -1751,25 +1755,17 @@ class Cache:
         finally:
             self._set(key, 0)
 
-    def _evictions(self) -> int:
+    def _samples(self) -> dict[str, float]:
         info = self._recall.cache_info()
-        return info.misses - info.currsize
-
-    def _is_held(self, key: str) -> bool:
-        with self._mutex:
-            held_until = self._recall(key).held_until
-        is_held = held_until > self._clock()
-        unheld = CACHE_EXPIRED if held_until > 0 else CACHE_MISS
-        self._metrics.count(CACHE_HIT if is_held else unheld)
-        return is_held
+        return {OPERATIONS["evict size_limit"]: info.misses - info.currsize}
 
     def _set(self, key: str, held_until: float) -> None:
         with self._mutex:
             remembered = self._recall(key)
             before = remembered.held_until
             remembered.held_until = held_until
-        if held_until > 0:
-            self._metrics.count(CACHE_UPDATED if before > 0 else CACHE_SET)
+        if held_until:
+            self._metrics.count("set update" if before else "set success")
 
 
 # == Storage in memory: the specification ========================================================
@@ -1777,11 +1773,12 @@ class Cache:
 
 @dataclass
 class _Lock:
+    key: str
     lease: int
     token: int
     value: str
     ttl: int
-    ends: float = 0
+    ends: float = 0  # on the clock
 
 
 class MemoryStorage(Storage):
@@ -1797,35 +1794,34 @@ class MemoryStorage(Storage):
     def start(self) -> None:
         """Needs nothing."""
 
-    def check(self) -> None:
-        """Can always serve."""
+    check = start  # it can always serve
 
     def acquire(self, wanted: LockRequest) -> Grant | None:
         with self._mutex:
             lock = self._alive().get(wanted.key)
-            if lock and lock.lease != wanted.lease:
-                return None
             if not lock:
-                if wanted.lease and self._key_of(wanted.lease):
+                if wanted.lease and self._find(wanted.lease):
                     raise lease_in_use(wanted.lease)
                 self._token += 1
                 lease = wanted.lease or new_lease_id()
-                lock = _Lock(lease, self._token, wanted.value, wanted.ttl)
+                lock = _Lock(wanted.key, lease, self._token, wanted.value, wanted.ttl)
                 self._locks[wanted.key] = lock
+            elif lock.lease != wanted.lease:
+                return None
             return Grant(lock.lease, self._start_ttl(lock), lock.token)
 
     def renew(self, lease: int) -> int:
         with self._mutex:
-            key = self._key_of(lease)
-            return self._start_ttl(self._locks[key]) if key else 0
+            lock = self._find(lease)
+            return self._start_ttl(lock) if lock else 0
 
     def release(self, lease: int) -> list[str]:
         with self._mutex:
-            key = self._key_of(lease)
-            if not key:
+            lock = self._find(lease)
+            if not lock:
                 return []
-            del self._locks[key]
-            return [key]
+            del self._locks[lock.key]
+            return [lock.key]
 
     def free(self, key: str, token: int) -> Freed:
         with self._mutex:
@@ -1840,36 +1836,32 @@ class MemoryStorage(Storage):
     def look(self, key: str) -> Holder | None:
         with self._mutex:
             lock = self._alive().get(key)
-            return self._holder(lock) if lock else None
+            if not lock:
+                return None
+            left = int(lock.ends - self._clock())
+            return Holder(lock.lease, lock.token, lock.value, left, lock.ttl)
 
     def list_locks(self, prefix: str, after: str) -> Page:
         with self._mutex:
-            keys = sorted(self._alive(), key=str.encode)
-            found = [key for key in keys if key.startswith(prefix) and (key > after or not after)]
-            page = [(key, self._holder(self._locks[key])) for key in found[:MAX_LOCKS_LISTED]]
-            return page, len(found) > len(page)
+            page = [
+                (key, Holder(lock.lease, lock.token, lock.value))
+                for key, lock in sorted(self._alive().items())  # by code points is by UTF-8, too
+                if key.startswith(prefix) and (key > after or not after)
+            ]
+            return page[:MAX_LOCKS_LISTED], len(page) > MAX_LOCKS_LISTED
 
     def _alive(self) -> dict[str, _Lock]:
         """The locks by key, once those that have ended are forgotten."""
         now = self._clock()
-        for key, lock in list(self._locks.items()):
-            if lock.ends <= now:
-                del self._locks[key]
+        self._locks = {key: lock for key, lock in self._locks.items() if lock.ends > now}
         return self._locks
 
-    def _key_of(self, lease: int) -> str | None:
-        for key, lock in self._alive().items():
-            if lock.lease == lease:
-                return key
-        return None
+    def _find(self, lease: int) -> _Lock | None:
+        return next((lock for lock in self._alive().values() if lock.lease == lease), None)
 
     def _start_ttl(self, lock: _Lock) -> int:
         lock.ends = self._clock() + lock.ttl
         return lock.ttl
-
-    def _holder(self, lock: _Lock) -> Holder:
-        left = int(lock.ends - self._clock())
-        return Holder(lock.lease, lock.token, lock.value, left, lock.ttl)
 
 
 def lease_in_use(lease: int) -> HttpError:
@@ -2018,10 +2010,7 @@ class EtcdStorage(Storage):
         try:
             token = operation.ask(ask, wanted._replace(lease=lease))
             if not token and (operation.doubt or wanted.lease):
-                # Ours all the same, by a try whose answer was lost or by a copy of the request?
-                holder = operation.read(self._gateway.find_holder, wanted.key)
-                if holder and holder.lease == lease:
-                    token = holder.token
+                token = self._find_token(operation, wanted.key, lease)
         except BaseException as fault:
             ended = self._end_lease(operation, wanted, lease, grant.ttl)
             if ended and isinstance(fault, StorageError):  # without its lease there is no lock
@@ -2031,6 +2020,15 @@ class EtcdStorage(Storage):
             return grant._replace(token=token)
         self._end_lease(operation, wanted, lease, grant.ttl)
         return None
+
+    def _find_token(self, operation: Operation, key: str, lease: int) -> int:
+        """Whether a claim that put nothing has won all the same, by a try whose answer was lost or
+        by a copy of the request: then the token, else 0."""
+        try:
+            holder = operation.read(self._gateway.find_holder, key)
+        except StorageError as fault:
+            raise OutcomeUnknown(str(fault)) from fault
+        return holder.token if holder and holder.lease == lease else 0
 
     def renew(self, lease: int) -> int:
         return Operation(self._timeout).ask(self._renewals.ask, lease)
@@ -2120,19 +2118,20 @@ class EtcdStorage(Storage):
 
 
 # == Combiner: one call for all that wait ========================================================
-# A read costs etcd 407 µs of CPU alone and 13 µs as one of 64 in a call. While one call is under
-# way, later callers gather in a batch; when the call is back, one of them makes the next, in its
-# own thread. There is no dispatcher thread, and a lone caller pays nothing.
+# A read costs etcd 407 µs of CPU alone and 13 µs as one of 64 in a call. So there is one call at a
+# time, and who comes meanwhile gathers in a batch that shares the next call.
 #
-#      time ->      A's call is under way        A's call is back       D's call is under way
-#      batch 1      A leads; B, C wait           answers A, B, C        -
-#      batch 2      D, E join and wait           baton 2: D leads       D leads; E waits
-#      batch 3      -                            -                      F, G join and wait
+#     time      |   first call    |     second call     |    third call     |
+#     ----------|-----------------|---------------------|-------------------|--->
+#     batch 1   |  A calls        |  A leaves           |                   |
+#     batch 2   |  B, C, D wait   |  B calls for B C D  |  B, C, D leave    |
+#     batch 3   |                 |  E, F wait          |  E calls for E F  |  E, F leave
 #
-# Each batch has a baton, and its callers wait for that. Who gets it first leads: it makes the
-# call. Then it hands the baton of the next batch to that one, and its own to the next caller of
-# its batch, who finds an answer and hands it on. To wake all at once makes them fight for the
-# interpreter: 15 % fewer requests/s.
+# A batch has one baton, a lock that its callers wait for. When A's call is back, A releases the
+# baton of batch 2, and B gets it. B is the first, so it makes the call, in its own thread. Then B
+# releases two: that of batch 3, for E to call, and its own. C gets that, finds its answer and
+# releases it for D. To wake all at once makes them fight for the interpreter: 15 % fewer
+# requests/s. While there is no call, the baton of the empty batch is free: A waits for nobody.
 
 
 class _Entry(Generic[Item]):
@@ -2140,7 +2139,7 @@ class _Entry(Generic[Item]):
 
     def __init__(self, item: Item) -> None:
         self.item = item
-        self.answer: Any = None  # or a StorageError; None: the call broke off
+        self.answer: Any = None  # or a StorageError; None: there is none
 
 
 class _Batch(Generic[Item]):
@@ -2149,7 +2148,7 @@ class _Batch(Generic[Item]):
     def __init__(self) -> None:
         self.entries: list[_Entry[Item]] = []
         self.room = 1.0  # of a call, what is not taken up
-        self.has_started = False  # then nobody joins it any more
+        self.has_started = False  # then nobody joins it or leaves it any more
         self.baton = threading.Lock()
         self.baton.acquire()
 
@@ -2169,60 +2168,70 @@ class Combiner(Generic[Item, Answer]):
     ) -> None:
         self._call = call
         self._share = share
-        self._mutex = threading.Lock()  # owns the two below, and who is in which batch
-        self._waiting: collections.deque[_Batch[Item]] = collections.deque()  # the last is open
-        self._busy = False  # a call is under way, or a baton on its way to who makes the next
+        self._mutex = threading.Lock()  # owns who is in which batch, and which has started
+        # Those that have not started. The first is next, the last takes later callers. Outside of
+        # the mutex one call is under way, or the baton of the first is free or in a caller's hand.
+        self._batches = collections.deque([_Batch[Item]()])
+        self._batches[0].baton.release()
 
     def ask(self, item: Item, deadline: float) -> Answer:
         """The answer to this item, by `deadline` (time.monotonic). Raises StorageError."""
         entry = _Entry(item)
-        batch = self._join(entry)
-        self._await_baton(batch, entry, deadline)
-        try:
-            if not batch.has_started:
-                self._lead(batch, deadline)
-        finally:
-            batch.baton.release()
-        answer: Any = entry.answer
+        share = self._share(item)
+        batch = self._take_part(entry, share, deadline)
+        answer = entry.answer
         if isinstance(answer, Refused) and len(batch.entries) > 1:  # another may be to blame
             [answer] = self._call([item], deadline)
-        if answer is None:
-            raise OutcomeUnknown("the call that it shared broke off")
         if isinstance(answer, StorageError):
             # A copy: one that several threads raise collects the tracebacks of all.
             raise copy.copy(answer) from answer
-        return cast(Answer, answer)
-
-    def _join(self, entry: _Entry[Item]) -> _Batch[Item]:
-        share = self._share(entry.item)
+        if answer is not None:
+            return cast(Answer, answer)
+        if entry in batch.entries:
+            raise OutcomeUnknown("the call that it shared broke off, or takes too long")
         with self._mutex:
-            if not self._waiting or self._waiting[-1].room < share:
-                self._waiting.append(_Batch())
-            batch = self._waiting[-1]
-            batch.entries.append(entry)
-            batch.room -= share
-            if not self._busy:
-                self._busy = True
-                batch.baton.release()
-            return batch
-
-    def _await_baton(self, batch: _Batch[Item], entry: _Entry[Item], deadline: float) -> None:
-        """Returns with the baton of the batch. Raises StorageError when the time is up."""
-        if batch.baton.acquire(timeout=max(0.0, deadline - time.monotonic())):
-            return
-        with self._mutex:
-            if batch.baton.acquire(blocking=False):  # it came in this very moment
-                return
-            if batch.has_started:
-                raise OutcomeUnknown("timed out while etcd was asked")
-            batch.entries.remove(entry)
-            batch.room += self._share(entry.item)
+            batch.room += share
         raise NotApplied("timed out behind others that wait for etcd")
 
-    def _lead(self, batch: _Batch[Item], deadline: float) -> None:
-        """Makes the call of this batch, and then lets the next one start."""
+    def _take_part(self, entry: _Entry[Item], share: float, deadline: float) -> _Batch[Item]:
+        """Joins a batch, and leaves it with an answer or when the time is up."""
+        batch = self._join(entry, share)
+        has_baton = False
+        leads = False
+        try:
+            has_baton = batch.baton.acquire(timeout=max(0.0, deadline - time.monotonic()))
+            leads = has_baton and not batch.has_started
+            if leads:
+                self._lead(batch, deadline)
+        finally:  # makes no object and calls no function of ours: memory may have run out
+            with self._mutex:
+                if not batch.has_started:  # gives up; the baton may have come this very moment
+                    batch.entries.remove(entry)
+                    leads = leads or batch.baton.acquire(False)
+                if leads:
+                    while not self._batches[0].entries and len(self._batches) > 1:
+                        self._batches.popleft()  # all of them gave up
+                    self._batches[0].baton.release()
+                if has_baton and batch.has_started:
+                    batch.baton.release()
+        return batch
+
+    def _join(self, entry: _Entry[Item], share: float) -> _Batch[Item]:
         with self._mutex:
-            self._waiting.remove(batch)
+            batch = self._batches[-1]
+            if batch.entries and batch.room < share:
+                batch = _Batch()
+                self._batches.append(batch)
+            batch.room -= share
+            batch.entries.append(entry)  # the last that may fail
+            return batch
+
+    def _lead(self, batch: _Batch[Item], deadline: float) -> None:
+        """Makes the call of this batch, which is the first."""
+        with self._mutex:
+            if len(self._batches) == 1:
+                self._batches.append(_Batch())
+            self._batches.popleft()
             batch.has_started = True
         try:
             answers = self._call([entry.item for entry in batch.entries], deadline)
@@ -2231,17 +2240,6 @@ class Combiner(Generic[Item, Answer]):
         except StorageError as fault:
             for entry in batch.entries:
                 entry.answer = fault
-        finally:
-            self._start_next()
-
-    def _start_next(self) -> None:
-        with self._mutex:
-            while self._waiting and not self._waiting[0].entries:  # all of them gave up
-                self._waiting.popleft()
-            if self._waiting:
-                self._waiting[0].baton.release()
-            else:
-                self._busy = False
 
 
 # == Gateway: etcd's JSON gateway, in our words ==================================================
@@ -3170,28 +3168,19 @@ def request_sample(path: str, method: str, code: int) -> str:
     return sample(REQUESTS, path=path, method=method, code=code)
 
 
-KNOWN: list[str] = []  # samples that are shown from the start
-
-
-def known(name: str, operation: str, status: str) -> str:
-    """A sample that is shown from the start."""
-    KNOWN.append(sample(name, operation=operation, status=status))
-    return KNOWN[-1]
-
-
-GRANTED = known(LEASES, "get", "created")
-REFUSED = known(LEASES, "get", "accepted")
-RENEWED = known(LEASES, "prolong", "success")
-NOT_RENEWED = known(LEASES, "prolong", "failure")
-RELEASED = known(LEASES, "release", "success")
-NOT_RELEASED = known(LEASES, "release", "failure")
-FAILED = {one: known(LEASES, one, "error") for one in ("get", "prolong", "release")}
-CACHE_HIT = known(CACHE, "get", "hit")
-CACHE_MISS = known(CACHE, "get", "miss")
-CACHE_EXPIRED = known(CACHE, "get", "expired")
-CACHE_SET = known(CACHE, "set", "success")
-CACHE_UPDATED = known(CACHE, "set", "update")
-CACHE_EVICTED = known(CACHE, "evict", "size_limit")
+# Operations are counted under short names, "release success", and shown from the start.
+OPERATIONS = {
+    f"{operation} {status}": sample(family, operation=operation, status=status)
+    for family, operation, statuses in (
+        (LEASES, "get", "created accepted error"),
+        (LEASES, "prolong", "success failure error"),
+        (LEASES, "release", "success failure error"),
+        (CACHE, "get", "hit miss expired"),
+        (CACHE, "set", "success update"),
+        (CACHE, "evict", "size_limit"),
+    )
+    for status in statuses.split()
+}
 GRANT_BOUNDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8]  # seconds
 _BUCKETS = [
     sample(f"{GRANTS}_bucket", operation="get", le=bound) for bound in [*GRANT_BOUNDS, "+Inf"]
@@ -3206,26 +3195,26 @@ class Metrics:
 
     def __init__(self) -> None:
         self._mutex = threading.Lock()  # owns the numbers
-        self._numbers: dict[str, float] = dict.fromkeys([*KNOWN, *_BUCKETS, _SUM], 0)
+        self._numbers: dict[str, float] = dict.fromkeys([*OPERATIONS, *_BUCKETS, _SUM], 0)
         self.sources: list[Callable[[], Mapping[str, float]]] = [_process_samples]
 
     def count(self, counted: str) -> None:
-        """One more of this sample."""
+        """One more of this sample, or of these OPERATIONS."""
         with self._mutex:
             self._numbers[counted] = self._numbers.get(counted, 0) + 1
 
-    def observe_grant(self, outcome: str, seconds: float) -> None:
-        """A POST /lease that was GRANTED or REFUSED."""
+    def observe_grant(self, status: str, seconds: float) -> None:
+        """A POST /lease that the storage answered within so many seconds."""
+        self.count(f"get {status}")
         bucket = _BUCKETS[bisect.bisect_left(GRANT_BOUNDS, seconds)]  # each counts by itself
         with self._mutex:
-            self._numbers[outcome] += 1
             self._numbers[bucket] += 1
             self._numbers[_SUM] += seconds
 
     def render(self) -> str:
         """All samples in Prometheus' text format 0.0.4."""
         with self._mutex:
-            numbers = self._numbers.copy()
+            numbers = {OPERATIONS.get(name, name): n for name, n in self._numbers.items()}
         sums = itertools.accumulate([numbers[bucket] for bucket in _BUCKETS])
         numbers |= zip(_BUCKETS, sums, strict=True)
         numbers[_COUNT] = numbers[_BUCKETS[-1]]
@@ -3317,8 +3306,9 @@ def thread_stacks(request: Request) -> Response:
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     text = ""
     for ident, stack in stacks.items():
-        lines = [f"  {function} at {file}:{line}\n" for function, file, line in stack]
-        text += f"{names.get(ident, '?')}:\n{''.join(lines)}\n"
+        text += f"{names.get(ident, '?')}:\n"
+        for function, file, line in stack:
+            text += f"  {function} at {file}:{line}\n"
     return Response(200, text.encode())
 
 
@@ -3331,8 +3321,7 @@ class _Numbered(dict[Any, int]):
     """Numbers each new key, from 1."""
 
     def __missing__(self, key: object) -> int:
-        self[key] = number = len(self) + 1
-        return number
+        return self.setdefault(key, len(self) + 1)
 
 
 def _pprof(kind: str, unit: str, samples: Mapping[Stack, int], seconds: int = 0) -> Response:
@@ -3341,21 +3330,19 @@ def _pprof(kind: str, unit: str, samples: Mapping[Stack, int], seconds: int = 0)
     import gzip
 
     strings = _Numbered()  # from 1: the first in the file is empty
-    functions = _Numbered()
     places = _Numbered()
-    out = [_field(1, _field(1, strings[kind]) + _field(2, strings[unit]))]
+    out = _field(1, _field(1, strings[kind]) + _field(2, strings[unit]))
     for stack, value in samples.items():
         locations = b"".join(_field(1, places[place]) for place in stack)
-        out.append(_field(2, locations + _field(2, value)))
-    for (function, file, line), number in places.items():
-        code = _field(1, functions[function, file]) + _field(2, line)
-        out.append(_field(4, _field(1, number) + _field(4, code)))
-    for (function, file), number in functions.items():
-        names = _field(2, strings[function]) + _field(4, strings[file])
-        out.append(_field(5, _field(1, number) + names))
-    out += [_field(6, text.encode()) for text in ["", *strings]]
-    out += [_field(9, time.time_ns()), _field(10, seconds * 10**9)]
-    return Response(200, gzip.compress(b"".join(out)), "application/octet-stream")
+        out += _field(2, locations + _field(2, value))
+    for (function, file, line), number in places.items():  # pprof merges functions by their names
+        same = _field(1, number)
+        out += _field(4, same + _field(4, same + _field(2, line)))
+        out += _field(5, same + _field(2, strings[function]) + _field(4, strings[file]))
+    for text in ["", *strings]:
+        out += _field(6, text.encode())
+    out += _field(9, time.time_ns()) + _field(10, seconds * 10**9)
+    return Response(200, gzip.compress(out), "application/octet-stream")
 
 
 def _field(number: int, value: int | bytes) -> bytes:
@@ -3366,9 +3353,8 @@ def _field(number: int, value: int | bytes) -> bytes:
 
 
 def _varint(value: int) -> bytes:
-    if value < 0x80:
-        return bytes([value])
-    return bytes([value & 0x7F | 0x80]) + _varint(value >> 7)
+    more = value >> 7
+    return bytes([value & 0x7F | 0x80]) + _varint(more) if more else bytes([value])
 
 
 PROFILES: dict[str, Handler] = {
@@ -3388,14 +3374,10 @@ class Stop:
     """What the signals said."""
 
     def __init__(self) -> None:
-        self.first_at = math.inf  # time.monotonic
+        self.first_at = math.inf  # time.monotonic; none came
         for number in STOP_SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
                 signal.signal(number, self._note)
-
-    def is_wanted(self) -> bool:
-        """Whether one came."""
-        return self.first_at < math.inf
 
     def _note(self, number: int, frame: object) -> None:
         now = time.monotonic()
@@ -3429,26 +3411,22 @@ def serve(config: Config) -> int:
     try:
         server = Server(config, api)
     except (OSError, UnicodeError) as fault:
-        return _cannot_listen(config, fault)
+        of_host = errno.EADDRNOTAVAIL, errno.EINVAL, None  # None: a name that is none
+        if isinstance(fault, socket.gaierror) or getattr(fault, "errno", None) in of_host:
+            host = quote(config.server_host)
+            text = f"{variable('server_host')}: not an address of this machine: {host}"
+            raise ConfigError(text) from fault
+        print(f"shared-lock: port {config.server_port}: {reason(fault)}", file=sys.stderr)
+        return 1
     tell_start(config, server)
     api.service.storage.start()
-    while not stop.is_wanted():
+    while stop.first_at == math.inf:
         server.handle_request()
         log.tell_tallies()
     event(INFO, "stopping")
     server.stop(config.server_shutdown_timeout)
     event(INFO, "stopped")
     return 0
-
-
-def _cannot_listen(config: Config, fault: OSError | UnicodeError) -> int:
-    is_name = isinstance(fault, UnicodeError | socket.gaierror)
-    if is_name or getattr(fault, "errno", 0) in (errno.EADDRNOTAVAIL, errno.EINVAL):
-        host = quote(config.server_host)
-        text = f"{variable('server_host')}: not an address of this machine: {host}"
-        raise ConfigError(text) from fault
-    print(f"shared-lock: port {config.server_port}: {reason(fault)}", file=sys.stderr)
-    return 1
 
 
 def tell_start(config: Config, server: Server) -> None:
