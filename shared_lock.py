@@ -101,8 +101,7 @@ class Log:
         self.debug = False  # whether events of that level are written
         self.dropped = 0  # lines that nobody read in time, since the start
         self._told = 0  # of them, those that a later line has told
-        self._tallies: collections.Counter[str] = collections.Counter()  # by event, not told yet
-        self._latest: dict[str, Any] = {}  # what to show of each
+        self._tallies: dict[str, dict[str, Any]] = {}  # by event, what to show of those not told
         self._due: dict[str, float] = {}  # when each may be told again
         self._mutex = threading.Lock()  # owns all above, and the room that poll saw in the pipe
         self._poll = select.poll()  # select.select() takes 72 KiB of each thread's stack, for good
@@ -116,8 +115,9 @@ class Log:
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
         first = {"time": f"{stamp}.{int(now % 1 * 1000):03}Z", "level": level, "event": name}
         with self._mutex:
-            lost = self.dropped - self._told
-            line = format_line(first | shown | ({"lines_lost": lost} if lost else {}))
+            if self.dropped > self._told:
+                shown["lines_lost"] = self.dropped - self._told
+            line = format_line(first | shown)
             with contextlib.suppress(OSError):  # nobody will ever read it
                 if self._poll.poll(0):
                     os.write(2, line + b"\n")
@@ -128,17 +128,18 @@ class Log:
     def tally(self, level: str, name: str, **shown: object) -> None:
         """Notes what strangers can do as often as they like: a line a minute tells how often."""
         with self._mutex:
-            self._tallies[name] += 1
-            self._latest[name] = {"level": level, **shown}
+            noted = self._tallies.get(name, {"times": 0})
+            self._tallies[name] = {"level": level, **shown, "times": noted["times"] + 1}
 
     def tell_tallies(self) -> None:
         """Writes what was noted and is due; the main loop calls it now and then."""
         now = time.monotonic()
-        for name, times in list(self._tallies.items()):
-            if times and now >= self._due.get(name, now):
+        for name in list(self._tallies):
+            if now >= self._due.get(name, now):
                 self._due[name] = now + TALLY_SECONDS
-                self._tallies[name] -= times
-                self.event(name=name, times=times, **self._latest[name])
+                with self._mutex:
+                    told = self._tallies.pop(name)
+                self.event(name=name, **told)
 
 
 def format_line(shown: Mapping[str, object]) -> bytes:
@@ -171,8 +172,8 @@ event = log.event
 
 def log_defect(fault: BaseException, **shown: object) -> None:
     """An error of our own: what it is, and the line where it came up."""
-    frames = traceback.extract_tb(fault.__traceback__)
-    at = f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else "?"
+    frame = traceback.extract_tb(fault.__traceback__)[-1]
+    at = f"{os.path.basename(frame.filename)}:{frame.lineno}"
     event(ERROR, "internal error", error=repr(fault), at=at, **shown)
 
 
@@ -196,12 +197,15 @@ class ConfigError(Exception):
 
 
 class StorageError(Exception):
-    """The storage failed. `sick`: the member that was asked is to be left for another."""
+    """The storage failed."""
 
-    def __init__(self, text: str, sick: bool = True, code: int = 0) -> None:
+    sick = True  # the member that was asked is to be left for another
+
+    def __init__(self, text: str, sick: bool | None = None, code: int = 0) -> None:
         super().__init__(text)
-        self.sick = sick
         self.code = code  # the gRPC status code, where etcd gave one
+        if sick is not None:
+            self.sick = sick
 
 
 class NotApplied(StorageError):
@@ -211,8 +215,7 @@ class NotApplied(StorageError):
 class Refused(NotApplied):
     """etcd understood and said no; any member would say the same."""
 
-    def __init__(self, text: str, sick: bool = False, code: int = 0) -> None:
-        super().__init__(text, sick, code)
+    sick = False
 
 
 class AnswerTooLarge(Refused):
@@ -337,6 +340,7 @@ _OF_A_SERVICE = re.compile(
     r"|[^=]+_PORT=(tcp|udp|sctp)://.*",
     re.DOTALL,
 )
+Parser = Callable[[str], Any]  # what a text means; raises ValueError
 
 
 def parse_duration(text: str) -> Fraction:
@@ -350,9 +354,7 @@ def parse_duration(text: str) -> Fraction:
     return -seconds if match[1] == "-" else seconds
 
 
-def between(
-    low: float, high: float, parse: Callable[[str], Any], unit: str = ""
-) -> Callable[[str], Any]:
+def between(low: float, high: float, parse: Parser, unit: str = "") -> Parser:
     """A parser that refuses what is out of range, with a ValueError."""
 
     def parse_in_range(text: str) -> Any:
@@ -364,14 +366,12 @@ def between(
     return parse_in_range
 
 
-def duration(
-    low: float, high: float, rounded: Callable[[Fraction], float] = float
-) -> Callable[[str], Any]:
+def duration(low: float, high: float, rounded: Callable[[Fraction], float] = float) -> Parser:
     """A parser of durations in this range of seconds."""
     return between(low, high, lambda text: rounded(parse_duration(text)), "s")
 
 
-def matching(pattern: str, expected: str, convert: Callable[[str], Any]) -> Callable[[str], Any]:
+def matching(pattern: str, expected: str, convert: Parser) -> Parser:
     """A parser of what matches the pattern; the ValueError for the rest says what is expected."""
 
     def parse(text: str) -> Any:
@@ -395,8 +395,10 @@ _storage = matching("etcd|mock", "etcd or mock", str)
 def endpoints(text: str) -> tuple[Address, ...]:
     """The addresses in a list of endpoints, separated by commas. Raises ValueError."""
     if "@" in text:  # and what stands before it is never shown
-        text = "no user and no password belong into it, but into SHARED_LOCK_ETCD_USERNAME and …"
-        raise ValueError(f"{text}_PASSWORD")
+        raise ValueError(
+            "no user and no password belong into it, "
+            "but into SHARED_LOCK_ETCD_USERNAME and …_PASSWORD"
+        )
     addresses = []
     for part in text.split(","):
         match = _ENDPOINT.fullmatch(part.strip())
@@ -412,8 +414,8 @@ def variable(name: str) -> str:
     return "SHARED_LOCK_" + name.upper()
 
 
-def setting(default: str, parse: Callable[[str], Any], meaning: str, needs: str = "") -> Any:
-    """A field of Config: its default as the environment would give it, its parser, its --help,
+def setting(default: str, meaning: str, parse: Parser = str, needs: str = "") -> Any:
+    """A field of Config: its default as the environment would give it, its --help, its parser,
     and which other setting must not be empty where this one is not."""
     shown = {"default": default, "parse": parse, "meaning": meaning, "needs": needs}
     return field(default=parse(default), metadata=shown)
@@ -424,80 +426,79 @@ class Config:
     """All settings, each read from SHARED_LOCK_ + its name. Durations are in seconds."""
 
     server_port: int = setting(
-        "8080", between(0, 65535, whole), "port to listen on; 0 is a free one, see the log"
+        "8080", "port to listen on; 0 is a free one, see the log", between(0, 65535, whole)
     )
-    server_host: str = setting("", str, "address to listen on; empty is every address")
+    server_host: str = setting("", "address to listen on; empty is every address")
     server_read_timeout: float = setting(
-        "10s", _timeout, "from a request's first byte to its last; 0 is none"
+        "10s", "from a request's first byte to its last; 0 is none", _timeout
     )
-    server_write_timeout: float = setting("10s", _timeout, "to write an answer; 0 is none")
+    server_write_timeout: float = setting("10s", "to write an answer; 0 is none", _timeout)
     server_idle_timeout: float = setting(
-        "120s", _timeout, "an idle connection is closed after it; 0 is none"
+        "120s", "an idle connection is closed after it; 0 is none", _timeout
     )
     server_shutdown_timeout: float = setting(
-        "10s", _timeout, "for requests in flight after SIGTERM; 0 is none"
+        "10s", "for requests in flight after SIGTERM; 0 is none", _timeout
     )
-    server_token_path: str = setting("", str, "bearer tokens, one a line; callers must show one")
+    server_token_path: str = setting("", "bearer tokens, one a line; callers must show one")
     server_cert_path: str = setting(
-        "", str, "TLS on the own port, with this certificate", "server_key_path"
+        "", "TLS on the own port, with this certificate", needs="server_key_path"
     )
-    server_key_path: str = setting("", str, "the key of that certificate", "server_cert_path")
+    server_key_path: str = setting("", "the key of that certificate", needs="server_cert_path")
     server_client_ca_path: str = setting(
-        "", str, "callers need a certificate that this CA signed", "server_cert_path"
+        "", "callers need a certificate that this CA signed", needs="server_cert_path"
     )
     max_ttl: int = setting(
-        "9000000000s", duration(1, MAX_TTL_SECONDS, math.ceil), "the longest ttl to grant"
+        "9000000000s", "the longest ttl to grant", duration(1, MAX_TTL_SECONDS, math.ceil)
     )
-    storage_type: str = setting("etcd", _storage, "etcd, or mock: in memory, lost at the end")
+    storage_type: str = setting("etcd", "etcd, or mock: in memory, lost at the end", _storage)
     etcd_addr_list: tuple[Address, ...] = setting(
-        "http://localhost:2379", endpoints, "endpoints, comma-separated"
+        "http://localhost:2379", "endpoints, comma-separated", endpoints
     )
     etcd_timeout: float = setting(
-        "5s", duration(0.001, MAX_TTL_SECONDS), "one storage operation, all tries together"
+        "5s", "one storage operation, all tries together", duration(0.001, MAX_TTL_SECONDS)
     )
-    etcd_username: str = setting("", str, "for an etcd with auth enabled", "etcd_password")
-    etcd_password: str = setting("", str, "the password of that user", "etcd_username")
-    etcd_tls: bool = setting("false", boolean, "TLS to etcd, with the three files below")
-    ca_cert_path: str = setting("/etc/etcd/ca.crt", str, "who signed etcd's certificate")
+    etcd_username: str = setting("", "for an etcd with auth enabled", needs="etcd_password")
+    etcd_password: str = setting("", "the password of that user", needs="etcd_username")
+    etcd_tls: bool = setting("false", "TLS to etcd, with the three files below", boolean)
+    ca_cert_path: str = setting("/etc/etcd/ca.crt", "who signed etcd's certificate")
     client_cert_path: str = setting(
-        "/etc/etcd/client.crt", str, "what this daemon shows to etcd", "client_key_path"
+        "/etc/etcd/client.crt", "what this daemon shows to etcd", needs="client_key_path"
     )
     client_key_path: str = setting(
-        "/etc/etcd/client.key", str, "the key of that certificate", "client_cert_path"
+        "/etc/etcd/client.key", "the key of that certificate", needs="client_cert_path"
     )
     cache_enabled: bool = setting(
-        "false", boolean, "answer 202 from memory for a second after a refusal"
+        "false", "answer 202 from memory for a second after a refusal", boolean
     )
     cache_size: int = setting(
-        "1000", between(1, 10**9, whole), "keys to remember; the least recently used leave"
+        "1000", "keys to remember; the least recently used leave", between(1, 10**9, whole)
     )
-    pprof_enabled: bool = setting("false", boolean, "serve /debug/pprof/")
-    debug: bool = setting("false", boolean, "log every request")
+    pprof_enabled: bool = setting("false", "serve /debug/pprof/", boolean)
+    debug: bool = setting("false", "log every request", boolean)
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Config:
         """The settings in `env`, such as os.environ. Raises ConfigError for the first wrong one."""
-        settings = fields(cls)
-        texts = {one.name: env.get(variable(one.name), one.metadata["default"]) for one in settings}
-        given = {}
-        for one in settings:
+        given: dict[str, Any] = {}
+        for one in fields(cls):
+            name = variable(one.name)
             try:
-                given[one.name] = one.metadata["parse"](texts[one.name])
+                given[one.name] = one.metadata["parse"](env.get(name, one.metadata["default"]))
             except ValueError as fault:
-                raise ConfigError(f"{variable(one.name)}: {fault}") from fault
+                raise ConfigError(f"{name}: {fault}") from fault
+        for one in fields(cls):
             needed = one.metadata["needs"]
-            if needed and texts[one.name] and not texts[needed]:
-                name = variable(one.name)
-                raise ConfigError(f"{variable(needed)}: empty, but {name} needs it")
+            if needed and given[one.name] and not given[needed]:
+                raise ConfigError(f"{variable(needed)}: empty, but {variable(one.name)} needs it")
         tls = given["etcd_tls"]
         for name in ("ca_cert_path", "client_cert_path", "client_key_path"):
             if not tls and variable(name) not in env:
                 given[name] = ""  # the defaults are for ETCD_TLS
         addresses = given["etcd_addr_list"]
-        for address in addresses:
-            if tls and address.tls is False:
+        for one in addresses:
+            if tls and one.tls is False:
                 text = "not https://, or without a scheme, as SHARED_LOCK_ETCD_TLS=true wants it"
-                raise ConfigError(f"{variable('etcd_addr_list')}: {text}: {quote(address.url())}")
+                raise ConfigError(f"{variable('etcd_addr_list')}: {text}: {quote(one.url())}")
         given["etcd_addr_list"] = tuple(one._replace(tls=tls or bool(one.tls)) for one in addresses)
         return cls(**given)
 
@@ -544,19 +545,16 @@ class Renewed(Generic[Item]):
             seen = self._look()
             if seen != self._seen or time.monotonic() >= self._again_at:
                 self._seen = seen
-                self._renew()
+                try:
+                    self._current = self._read()
+                except ConfigError as fault:
+                    if self._again_at == math.inf:  # and not again before it is mended
+                        event(WARNING, "files not renewed, the old stay in force", reason=fault)
+                    self._again_at = time.monotonic() + 1
+                else:
+                    self._again_at = math.inf
+                    event(INFO, "files renewed", paths=",".join(self._paths))
             return self._current
-
-    def _renew(self) -> None:
-        try:
-            self._current = self._read()
-        except ConfigError as fault:
-            if self._again_at == math.inf:  # and not again before it is mended
-                event(WARNING, "files not renewed, the old stay in force", reason=fault)
-            self._again_at = time.monotonic() + 1
-        else:
-            self._again_at = math.inf
-            event(INFO, "files renewed", paths=",".join(self._paths))
 
     def _look(self) -> list[tuple[int, int, bool]] | None:
         seen = []
@@ -574,18 +572,17 @@ def tls_context(
 ) -> Renewed[ssl.SSLContext]:
     """TLS with the CA, certificate and key in these settings, each of which may be empty; without
     a CA, as curl would. Raises ConfigError."""
-    names = [name for name in (ca_name, cert_name, key_name) if getattr(config, name)]
+    paths = [getattr(config, name) for name in (ca_name, cert_name, key_name)]
 
     def read() -> ssl.SSLContext:
         with config.usable(ca_name, "a certificate in PEM") as ca:
             context = ssl.create_default_context(purpose, cafile=ca or None)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.verify_flags &= ~ssl.VERIFY_X509_STRICT  # of CPython 3.13; Go and curl accept more
-        if cert_name in names:
-            with config.usable(key_name, "a file that can be read") as key, open(key, "rb"):
-                expected = (
-                    f"a certificate in PEM for the open key {variable(key_name)}={quote(key)}"
-                )
+        if getattr(config, cert_name):
+            with config.usable(key_name, "a file that can be read") as key:
+                open(key, "rb").close()
+            expected = f"a certificate in PEM for the open key {variable(key_name)}={quote(key)}"
             with config.usable(cert_name, expected) as cert:
                 context.load_cert_chain(cert, key, password="")  # or OpenSSL asks for one
         if purpose is ssl.Purpose.CLIENT_AUTH:
@@ -595,16 +592,15 @@ def tls_context(
                 context.verify_mode = ssl.CERT_REQUIRED
         return context
 
-    return Renewed(read, *(getattr(config, name) for name in names))
+    return Renewed(read, *filter(None, paths))
 
 
 def read_tokens(config: Config) -> list[bytes]:
     """The tokens of callers in the configured file; there may be none. Raises ConfigError."""
     with config.usable("server_token_path", "a file that can be read") as path:
         data = Path(path).read_bytes()
-    lines = data.removeprefix(b"\xef\xbb\xbf").splitlines()
-    stripped = (line.strip() for line in lines)
-    return [line for line in stripped if line and not line.startswith(b"#")]
+    lines = map(bytes.strip, data.removeprefix(b"\xef\xbb\xbf").splitlines())
+    return [line for line in lines if line and not line.startswith(b"#")]
 
 
 # == Wire: HTTP/1.1 messages over one socket =====================================================
@@ -617,8 +613,8 @@ MAX_HEAD_BYTES = 64 << 10  # of a request; its head is the request line and the 
 MAX_BODY_BYTES = 64 << 10
 MAX_HEADERS = 100
 _RECEIVE_BYTES = 16 << 10  # one recv; nearly every message is smaller
-_TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110, 5.6.2
-_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
+_TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110, 5.6.2
+_HEADER = re.compile(rf"({_TOKEN}):([^\x00-\x08\x0a-\x1f\x7f]*)")
 _CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?")
 
 
@@ -626,13 +622,13 @@ def parse_headers(lines: Iterable[str]) -> dict[str, str]:
     """Values by name in lower case (RFC 9112, 5). Raises HttpError."""
     headers: dict[str, str] = {}
     for line in lines:
-        name, colon, value = line.partition(":")
-        if not colon or not _TOKEN.fullmatch(name) or _CONTROL.search(value):
+        match = _HEADER.fullmatch(line)
+        if not match:
             secret = re.search("authorization|bearer", line, re.IGNORECASE)
             shown = "…" if secret or "authorization" in headers else line  # never a token
             raise HttpError(f"not a header: {quote(shown)}")
-        name = name.lower()
-        value = value.strip(" \t")
+        name = match[1].lower()
+        value = match[2].strip(" \t")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     return headers
 
@@ -751,7 +747,8 @@ class Wire:
             raise TimeoutError("timed out")
         if isinstance(self.sock, ssl.SSLSocket):
             self.sock.settimeout(None if left == math.inf else left)
-        elif not self._is_set(option, left):
+        # One that is a little too long is kept: nearly every call is spared a system call.
+        elif not left <= self._timeouts[option] <= left * 1.02:
             micros = 0 if left == math.inf else max(1, int(left * 1e6))
             timeval = struct.pack(_timeval_format(), *divmod(micros, 10**6))
             self.sock.setsockopt(socket.SOL_SOCKET, option, timeval)
@@ -761,21 +758,16 @@ class Wire:
         except BlockingIOError as fault:  # how the option says it
             raise TimeoutError("timed out") from fault
 
-    def _is_set(self, option: int, left: float) -> bool:
-        """One that is a little too long is kept, which spares nearly every call a system call."""
-        return left <= self._timeouts[option] <= left * 1.02
-
 
 # == Messages: bytes become a Request, a Response becomes bytes ==================================
 
 TEXT = "text/plain; charset=utf-8"
 # curl sends a path as it was typed: UTF-8 that is not percent-encoded is welcome.
-_REQUEST_LINE = re.compile(
-    rf"({_TOKEN.pattern}) ([^\x00-\x20\x7f\ud800-\udfff]+) HTTP/([0-9])\.([0-9])"
-)
+_REQUEST_LINE = re.compile(rf"({_TOKEN}) ([^\x00-\x20\x7f\ud800-\udfff]+) HTTP/([0-9])\.([0-9])")
 _HOST = re.compile(  # RFC 3986, 3.2.2
     r"(?:\[[0-9A-Fa-f:.]+\]|[\w.~!$&'()*+;=%-]*)(?::[0-9]*)?", re.ASCII
 )
+Pairs = tuple[tuple[str, str], ...]  # names and values of headers
 
 
 class Head(NamedTuple):
@@ -785,19 +777,22 @@ class Head(NamedTuple):
     path: str
     query: str
     headers: Mapping[str, str]  # names are in lower case
-    lease_headers: tuple[tuple[str, str], ...]  # of them, those that begin with x-lease-
+    lease_headers: Pairs  # of them, those that begin with x-lease-
     keep_alive: bool
     version: str  # HTTP/1.1 or HTTP/1.0
+
+
+UNREAD = Head("", "", "", {}, (), False, "")  # of a request that could not be read
 
 
 class Request(NamedTuple):
     """What a handler of the API gets."""
 
     head: Head
-    body: bytes = b""
-    client: str = ""  # its address
-    trusted: bool = True  # it has shown a token, or none is needed
-    hung_up: Callable[[], bool] = lambda: False
+    body: bytes
+    client: str  # its address
+    trusted: bool  # it has shown a token, or none is needed
+    hung_up: Callable[[], bool]  # tells whether the caller has gone meanwhile
 
 
 class Response(NamedTuple):
@@ -806,7 +801,7 @@ class Response(NamedTuple):
     status: int
     body: bytes = b""
     content_type: str = TEXT
-    headers: tuple[tuple[str, str], ...] = ()
+    headers: Pairs = ()
     undo: Callable[[], object] = lambda: None  # called if nobody can be told
 
 
@@ -816,9 +811,9 @@ def error(fault: HttpError) -> Response:
     return Response(fault.status, line, TEXT, fault.headers)
 
 
-def is_short(data: bytes) -> bool:
-    """Whether what a stranger sends may stay in a cache of parsed ones."""
-    return len(data) < 400
+def recall(parse: Any, data: bytes) -> Any:
+    """What this cached parser makes of `data`; only short words of strangers stay in a cache."""
+    return parse(data) if len(data) < 400 else parse.__wrapped__(data)
 
 
 @functools.lru_cache(maxsize=512)  # byte for byte the same again: 4 µs become 0.1 µs
@@ -834,17 +829,16 @@ def parse_head(data: bytes) -> Head:
     if major != "1":
         raise HttpError(f"not HTTP/1.1 or HTTP/1.0: {quote(line)}", 505)
     headers = parse_headers(header_lines)
-    host = headers.get("host", "")
+    host = headers.get("host", "<none>")
     if minor == "0":
         if "transfer-encoding" in headers:
             raise HttpError("transfer-encoding in HTTP/1.0")
-    elif "host" not in headers or not _HOST.fullmatch(host):  # two are joined with a comma
+    elif not _HOST.fullmatch(host):  # two are joined with a comma
         raise HttpError(f"host: not one host: {quote(host)}")
-    if not target.startswith("/"):  # absolute-form, as sent to proxies
-        target = re.sub(r"^https?://[^/?]*", "", target, flags=re.IGNORECASE)
+    target = re.sub(r"^(?i:https?)://[^/?]*", "", target)  # absolute-form, as sent to proxies
     path, _, query = target.partition("#")[0].partition("?")
     ours = tuple(pair for pair in headers.items() if pair[0].startswith("x-lease-"))
-    options = {option.strip().lower() for option in headers.get("connection", "").split(",")}
+    options = re.split(r"[ \t]*,[ \t]*", headers.get("connection", "").lower())
     keep_alive = "close" not in options and (minor != "0" or "keep-alive" in options)
     return Head(method, path or "/", query, headers, ours, keep_alive, f"HTTP/1.{minor}")
 
@@ -855,24 +849,22 @@ def _first_lines(status: int, second: int) -> str:
     return f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\nDate: {date}\r\n"
 
 
-def render(response: Response, head: Head | None, keep_alive: bool) -> bytes:
-    """The answer as bytes; `head` is None where the request's could not be read."""
+def render(response: Response, head: Head, keep_alive: bool) -> bytes:
+    """The answer as bytes."""
     text = _first_lines(response.status, int(time.time()))
     if response.status != 204:  # RFC 9110, 8.6: no Content-Length with 204
         text += f"Content-Type: {response.content_type}\r\n"
         text += f"Content-Length: {len(response.body)}\r\n"
     for name, value in response.headers:
         text += f"{name}: {value}\r\n"
-    if head and head.method in ("GET", "HEAD"):
+    if head.method in ("GET", "HEAD"):
         text += "Cache-Control: no-store\r\n"
     if not keep_alive:
         text += "Connection: close\r\n"
-    elif head and head.version == "HTTP/1.0":
+    elif head.version == "HTTP/1.0":
         text += "Connection: keep-alive\r\n"
     data = (text + "\r\n").encode("latin-1")
-    if head and head.method == "HEAD":
-        return data
-    return data + response.body
+    return data if head.method == "HEAD" else data + response.body
 
 
 # == Connections and the server: who is served, and for how long =================================
@@ -896,7 +888,7 @@ class Connection(socketserver.BaseRequestHandler):
         host = self.client_address[0].removeprefix("::ffff:")
         self.client = str(Address(host, self.client_address[1]))
         self.doing = ""  # what is read or answered; empty while it is silent
-        self.head: Head | None = None  # of the latest request, as soon as it could be read
+        self.head = UNREAD  # of the latest request, as soon as it could be read
         self.server.connections[self.request] = self
 
     def handle(self) -> None:
@@ -905,10 +897,7 @@ class Connection(socketserver.BaseRequestHandler):
                 while self._serve_one():
                     pass
         except (EOFError, OSError) as fault:  # it has gone, or idled too long
-            failed_tls = isinstance(fault, ssl.SSLError) and not isinstance(
-                fault, ssl.SSLEOFError | ssl.SSLZeroReturnError
-            )
-            if self.doing or failed_tls:
+            if self.doing or isinstance(fault, ssl.SSLError):
                 shown = {"client": self.client, "doing": self.doing, "reason": reason(fault)}
                 event(DEBUG, "connection lost", **shown)
 
@@ -931,7 +920,9 @@ class Connection(socketserver.BaseRequestHandler):
         timeout = self.server.config.server_read_timeout or None
         self.request.settimeout(timeout)
         first = self.request.recv(1, socket.MSG_PEEK)
-        if first and first[0] != _TLS_HANDSHAKE:
+        if not first:
+            raise EOFError("a probe")
+        if first[0] != _TLS_HANDSHAKE:
             self.request.settimeout(None)
             log.tally(WARNING, "plain HTTP to the port of https", client=self.client)
             return self._refuse(HttpError("this port speaks TLS: use https://"))
@@ -954,9 +945,8 @@ class Connection(socketserver.BaseRequestHandler):
         head = request.head
         self.doing = f"{head.method} {head.path}"
         response = self.server.api.answer(request)
-        keep_alive = head.keep_alive and (
-            self.server.silent_until == math.inf or len(self.wire.buffer) > 0
-        )
+        goes_on = self.server.silent_until == math.inf or len(self.wire.buffer) > 0
+        keep_alive = head.keep_alive and goes_on
         try:
             self.server.api.count(head, response.status)
             self._send(render(response, head, keep_alive))
@@ -969,7 +959,7 @@ class Connection(socketserver.BaseRequestHandler):
         """Waits for a request's first byte, after empty lines (RFC 9112, 2.2); in a stop, only
         for a moment."""
         self.doing = ""
-        self.head = None
+        self.head = UNREAD
         deadline = deadline_after(self.server.config.server_idle_timeout)
         buffer = self.wire.buffer
         while not buffer or buffer[0] in b"\r\n":
@@ -985,13 +975,13 @@ class Connection(socketserver.BaseRequestHandler):
             log.tally(WARNING, "TLS to the port of http", client=self.client)
             raise HttpError("this port speaks plain HTTP: use http://")
         data = self.wire.head(deadline)
-        self.head = head = (parse_head if is_short(data) else parse_head.__wrapped__)(data)
+        head: Head = recall(parse_head, data)
+        self.head = head
         trusted = self.server.admit(head, self.client)
         length = body_length(head.headers, MAX_BODY_BYTES)
-        if length != 0 and not self.wire.buffer and "expect" in head.headers:
-            waits = head.headers["expect"].lower() == "100-continue"
-            if waits and head.version != "HTTP/1.0":
-                self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        is_awaited = length != 0 and not self.wire.buffer and head.version != "HTTP/1.0"
+        if is_awaited and head.headers.get("expect", "").lower() == "100-continue":
+            self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = self.wire.body(length, MAX_BODY_BYTES, deadline)
         return Request(head, body, self.client, trusted, self._hung_up)
 
@@ -1100,7 +1090,12 @@ class Server(http.server.ThreadingHTTPServer):
         holders."""
         self.silent_until = time.monotonic() + SILENT_SECONDS
         deadline = deadline_after(timeout)
-        self._accept_the_last()
+        # Those that the kernel has let in already are served; a flood of later ones is not awaited.
+        self.socket.setblocking(False)
+        for _ in range(BACKLOG):
+            if time.monotonic() < self.silent_until:
+                self.handle_request()
+        self.socket.close()
         self.api.service.dismiss_waiting()
         self._await_ends(min(self.silent_until, deadline))
         for connection in filter(None, list(self.connections.values())):
@@ -1110,25 +1105,6 @@ class Server(http.server.ThreadingHTTPServer):
         for connection in filter(None, list(self.connections.values())):
             doing = connection.doing or "nothing"
             event(WARNING, "connection cut", client=connection.client, doing=doing)
-
-    def _accept_the_last(self) -> None:
-        """Serves those that the kernel has let in already; a flood of later ones is not waited
-        for."""
-        self.socket.setblocking(False)
-        for _ in range(BACKLOG):
-            try:
-                request, client_address = self.get_request()
-            except BlockingIOError:
-                break
-            except OSError:  # this one has gone, or there are no descriptors
-                if time.monotonic() >= self.silent_until:
-                    break
-                continue
-            try:
-                self.process_request(request, client_address)
-            except RuntimeError:  # no thread for it
-                self.shutdown_request(request)
-        self.socket.close()
 
     def _await_ends(self, deadline: float) -> None:
         while self.connections and time.monotonic() < deadline:
@@ -1167,7 +1143,7 @@ class Api:
     def __init__(self, service: LockService, metrics: Metrics, config: Config) -> None:
         self.service = service
         self._metrics = metrics
-        self._lease_headers: dict[str, tuple[Callable[[str], Any], float]] = {  # parser, default
+        self._lease_headers: dict[str, tuple[Parser, float]] = {  # parser, default
             "x-lease-ttl": (duration(1, config.max_ttl, math.ceil), min(10, config.max_ttl)),
             "x-lease-wait": (duration(0, MAX_WAIT_SECONDS), 0),
             "x-lease-id": (between(1, INT64[-1], whole), 0),
@@ -1183,6 +1159,9 @@ class Api:
         if config.pprof_enabled:
             for name, page in PROFILES.items():
                 self._routes[f"/debug/pprof/{name}"] = {"GET": page}
+        for methods in self._routes.values():
+            if "GET" in methods:
+                methods["HEAD"] = methods["GET"]
 
     def answer(self, request: Request) -> Response:
         """Always answers, unless the caller has gone: then it raises EOFError."""
@@ -1192,58 +1171,44 @@ class Api:
         except HttpError as fault:
             response = error(fault)
         except StorageError as fault:
-            status = 503 if head.path == "/ready" else 500
-            response = error(HttpError(f"storage failed: {fault}", status))
+            response = error(HttpError(f"storage failed: {fault}", 500))
         except EOFError:
             raise
         except Exception as fault:  # a defect; the caller deserves an answer all the same
             log_defect(fault, path=head.path)
-            response = error(HttpError("internal error: see the log of shared-lock", 500))
+            text = "outcome unknown: internal error: see the log of shared-lock"
+            response = error(HttpError(text, 500))
         if log.debug:
             shown = {"client": request.client, "method": head.method, "path": head.path}
             event(DEBUG, "request", status=response.status, **shown)
         return response
 
-    def count(self, head: Head | None, status: int) -> None:
-        """Counts an answer, also to what could not be read to its end (None: not even its head).
-        A caller's own words never become labels."""
-        path = method = "other"
-        if head:
-            methods = self._routes.get(head.path)
-            if methods is not None:
-                path = head.path
-                if _as_get(head.method) in methods:
-                    method = head.method
+    def count(self, head: Head, status: int) -> None:
+        """Counts an answer. A caller's own words never become labels."""
+        methods = self._routes.get(head.path, {})
+        path = head.path if methods else "other"
+        method = head.method if head.method in methods else "other"
         self._metrics.count(request_sample(path, method, status))
 
     def _handler(self, head: Head) -> Handler:
         methods = self._routes.get(head.path)
-        if methods is None:
+        if not methods:
             raise HttpError(f"no such path: {quote(head.path)}", 404)
-        handler = methods.get(_as_get(head.method))
-        if handler is None:
-            allowed = [*methods, "HEAD"] if "GET" in methods else [*methods]
-            allow = ", ".join(allowed)
+        if head.method not in methods:
+            allow = ", ".join(methods)
             text = f"{head.path}: not {allow}: {quote(head.method)}"
             raise HttpError(text, 405, ("Allow", allow))
-        return handler
+        return methods[head.method]
 
     def acquire(self, request: Request) -> Response:
         """POST /lease"""
-        must_be_free = _has_precondition(request, "if-none-match", "if-match")
+        must_be_free = _has_precondition(request.head, "if-none-match", "if-match")
         wanted = self._lock_request(request)
         try:
             grant = self.service.acquire(wanted)
-        except (HttpError, EOFError):
-            raise
-        except NotApplied as fault:
-            raise HttpError(f"not acquired: {fault}", 500) from fault
-        except OutcomeUnknown as fault:
-            raise HttpError(f"outcome unknown: {fault}", 500) from fault
-        except Exception as fault:
-            log_defect(fault, path=request.head.path)
-            text = "outcome unknown: internal error: see the log of shared-lock"
-            raise HttpError(text, 500) from fault
+        except StorageError as fault:
+            outcome = "not acquired" if isinstance(fault, NotApplied) else "outcome unknown"
+            raise HttpError(f"{outcome}: {fault}", 500) from fault
         if grant:
             told = (("x-lease-ttl", f"{grant.ttl}s"), ("x-fencing-token", str(grant.token)))
             undo = functools.partial(self.service.take_back, wanted, grant.lease)
@@ -1260,11 +1225,10 @@ class Api:
             known = ", ".join(self._lease_headers)
             raise HttpError(f"query: not of use, but the headers {known}: {quote(head.query)}")
         ttl, wait, lease = self._options(head.lease_headers)
-        parse = parse_lock if is_short(request.body) else parse_lock.__wrapped__
-        key, value = parse(request.body)
+        key, value = recall(parse_lock, request.body)
         return LockRequest(key, value, ttl, wait, lease, request.client, request.hung_up)
 
-    def _parse_options(self, headers: tuple[tuple[str, str], ...]) -> list[Any]:
+    def _parse_options(self, headers: Pairs) -> list[Any]:
         options: dict[str, Any] = {name: one[1] for name, one in self._lease_headers.items()}
         for name, text in headers:
             if name not in options:
@@ -1277,29 +1241,24 @@ class Api:
 
     def renew(self, request: Request) -> Response:
         """POST /keepalive"""
-        must_exist = _has_precondition(request, "if-match", "if-none-match")
         lease = read_lease(request)
         ttl = self.service.renew(lease, request.client)
         if not ttl:
-            return _gone(lease, must_exist)
+            return _gone(lease, request)
         return Response(200, headers=(("x-lease-ttl", f"{ttl}s"),))
 
     def release(self, request: Request) -> Response:
         """DELETE /lease, of a holder or, with a query, of an operator"""
         if request.head.query:
             return self.free(request)
-        must_exist = _has_precondition(request, "if-match", "if-none-match")
         lease = read_lease(request)
         if not self.service.release(lease, request.client):
-            return _gone(lease, must_exist)
+            return _gone(lease, request)
         return Response(200)
 
     def free(self, request: Request) -> Response:
         """DELETE /lease?key=K with If-Match: "TOKEN", the fencing token that GET tells."""
-        query = _query(request)
-        key = query.get("key")
-        if not key or len(query) > 1:
-            raise HttpError("query: not a key alone, as in /lease?key=nightly")
+        key = _lone_key(_query(request))
         if request.body:
             raise HttpError("body: not of use with a key in the query")
         token = _quoted_token(request.head.headers)
@@ -1317,10 +1276,7 @@ class Api:
         query = _query(request)
         if query.keys() in ({"prefix"}, {"prefix", "after"}):
             return self._list(query["prefix"], query.get("after"))
-        key = query.get("key")
-        if not key or len(query) > 1:
-            text = "key: missing, or not alone, in the query: /lease?key=nightly, or /lease?prefix="
-            raise HttpError(text)
+        key = _lone_key(query)
         holder = self.service.storage.look(key)
         if holder is None:
             raise HttpError(f"key: free: {quote(key)}", 404)
@@ -1337,9 +1293,10 @@ class Api:
         if after is not None and not after.startswith(prefix):
             raise HttpError(f"after: not behind the prefix {quote(prefix)}: {quote(after)}")
         locks, more = self.service.storage.list_locks(prefix, after or "")
-        lines = []
-        for key, holder in locks:
-            lines.append(_json_line(key=key, value=holder.value, fencing_token=holder.token))
+        lines = [
+            _json_line(key=key, value=holder.value, fencing_token=holder.token)
+            for key, holder in locks
+        ]
         if more:
             lines.append(_json_line(more=True))
         return Response(200, b"".join(lines), "application/x-ndjson")
@@ -1349,9 +1306,8 @@ class Api:
         try:
             self.service.storage.check()
         except StorageError as fault:
-            if request.trusted:
-                raise
-            raise HttpError("storage failed", 503) from fault
+            why = f": {fault}" if request.trusted else ""
+            raise HttpError(f"storage failed{why}", 503) from fault
         return Response(200, b"ok\n")
 
     def show_metrics(self, request: Request) -> Response:
@@ -1359,22 +1315,15 @@ class Api:
         return Response(200, self._metrics.render().encode(), PROMETHEUS_TEXT)
 
 
-def _as_get(method: str) -> str:
-    return "GET" if method == "HEAD" else method
-
-
-def _has_precondition(request: Request, name: str, other: str) -> bool:
+def _has_precondition(head: Head, name: str, other: str) -> bool:
     """Whether this header (RFC 9110, 13.1) was sent. Raises HttpError where to ignore one would
     be a trap."""
-    headers = request.head.headers
-    if other in headers:
+    if other in head.headers:
         raise HttpError(f"{other}: not of use here, but {name}: *")
-    given = headers.get(name)
-    if given is None:
-        return False
+    given = head.headers.get(name, "*")
     if given != "*":
         raise HttpError(f"{name}: not *: {quote(given)}")
-    return True
+    return name in head.headers
 
 
 def _quoted_token(headers: Mapping[str, str]) -> int:
@@ -1390,10 +1339,17 @@ def _quoted_token(headers: Mapping[str, str]) -> int:
     return int(match[1])
 
 
-def _gone(lease: int, must_exist: bool) -> Response:
-    if must_exist:
+def _gone(lease: int, request: Request) -> Response:
+    if "if-match" in request.head.headers:
         raise HttpError(f"lease: gone: {lease}", 412)
     return Response(204)
+
+
+def _lone_key(query: Mapping[str, str]) -> str:
+    key = query.get("key", "")
+    if not key or len(query) > 1:
+        raise HttpError("key: missing, or not alone, in the query, as in /lease?key=nightly")
+    return key
 
 
 def _json_line(**members: object) -> bytes:
@@ -1443,8 +1399,6 @@ def _parse_json(body: bytes) -> Any:
         return _JSON.decode(body.decode())
     except ValueError as fault:
         text = body.decode("utf-8", "replace").strip()
-        if not text:
-            raise HttpError("body: empty, JSON expected") from fault
         raise HttpError(f"body: not JSON: {quote(text)}") from fault
 
 
@@ -1459,14 +1413,14 @@ def parse_lock(body: bytes) -> tuple[str, str]:
         raise HttpError(f"ttl: not read from the body, send the header x-lease-ttl: {ttl}")
     key = _text(lock, "key")
     if not key:
-        raise HttpError("key: missing" if key is None else 'key: empty: ""')
-    return key, _text(lock, "value") or ""
+        raise HttpError('key: missing or empty: ""')
+    return key, _text(lock, "value")
 
 
-def _text(lock: Mapping[str, object], name: str) -> str | None:
+def _text(lock: Mapping[str, object], name: str) -> str:
     text = lock.get(name)
     if text is None:  # null is absent, as in Go
-        return None
+        return ""
     if not isinstance(text, str):
         raise HttpError(f"{name}: not a string: {quote(json.dumps(text))}")
     if not text.isascii() and re.search("[\ud800-\udfff]", text):
@@ -1475,9 +1429,10 @@ def _text(lock: Mapping[str, object], name: str) -> str | None:
 
 
 def read_lease(request: Request) -> int:
-    """The lease ID in the body of a request. Raises HttpError."""
-    parse = parse_lease if is_short(request.body) else parse_lease.__wrapped__
-    return parse(request.body)
+    """The lease ID in the body of a request, whose preconditions are checked. Raises HttpError."""
+    _has_precondition(request.head, "if-match", "if-none-match")
+    lease: int = recall(parse_lease, request.body)
+    return lease
 
 
 @functools.lru_cache(maxsize=1024)
@@ -2575,8 +2530,7 @@ class Link:
         try:
             wire.send(request, deadline)
             data = wire.head(deadline)
-            parse = parse_answer_head if is_short(data) else parse_answer_head.__wrapped__
-            status, headers = parse(data)
+            status, headers = recall(parse_answer_head, data)
             text = wire.body(body_length(headers, max_bytes), max_bytes, deadline).decode()
         except (OSError, EOFError, HttpError, ValueError) as fault:
             self.close()
