@@ -4517,8 +4517,131 @@ def test_the_longest_wait_ends_a_second_before_a_proxy_would_cut_it(start: Start
     assert 1.9 < time.monotonic() - began < 2.9
 
 
-# == Cache =========================================================================================
+=======
+def test_who_holds_the_lock_already_does_not_stand_behind_those_that_wait_for_it(
+    daemon: Daemon, key: str, pool: Pool
+) -> None:
+    mine = {"x-lease-id": "4711", "x-lease-wait": "50s"}
+    if daemon.request("DELETE", "/lease", "4711").status != 204:
+        pytest.fail("lease 4711 is in use")
+    lost = daemon.acquire(key, **mine)
+    [waiter] = waiters(pool, daemon, key)
 
+    again = pool.submit(daemon.acquire, key, **mine).result(5)
+
+    assert (again.status, again.text, again.token) == (201, "4711", lost.token)
+    assert not waiter.done()
+    daemon.release("4711")
+    assert waiter.result(5).status == 201
+
+
+class LineStorage(shared_lock.MemoryStorage):
+    """Tells who asks, and fails for some."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[str] = []  # by client
+        self.fails_for: set[str] = set()
+
+    def acquire(self, wanted: shared_lock.LockRequest) -> shared_lock.Grant | None:
+        self.asked.append(wanted.client)
+        if wanted.client in self.fails_for:
+            raise shared_lock.NotApplied("etcd is away")
+        return super().acquire(wanted)
+
+
+class InLine:
+    """Callers of a lock service over a LineStorage, whose key "k" is held."""
+
+    def __init__(self, pool: Pool) -> None:
+        self.storage = LineStorage()
+        self.metrics = shared_lock.Metrics()
+        self.service = shared_lock.LockService(self.storage, self.metrics)
+        self.gone: set[str] = set()  # clients that hung up
+        self._pool = pool
+        self._count = 0
+        held = self.service.acquire(shared_lock.LockRequest("k"))
+        assert held
+        self.held = held
+
+    def waiting(self) -> int:
+        samples = parse_metrics(self.metrics.render())["shared_lock_waiting"]
+        return int(samples[frozenset()])
+
+    def join(self, client: str, wait: float = 30) -> Future[shared_lock.Grant | None]:
+        before = self.waiting()
+        wanted = shared_lock.LockRequest(
+            "k", ttl=60, wait=wait, client=client, hung_up=lambda: client in self.gone
+        )
+        future = self._pool.submit(self.service.acquire, wanted)
+        eventually(lambda: self.waiting() > before)
+        return future
+
+
+@pytest.fixture
+def line(pool: Pool) -> InLine:
+    return InLine(pool)
+
+
+def test_only_the_first_in_line_asks_and_nobody_is_overtaken(line: InLine) -> None:
+    callers = [line.join(name) for name in "abc"]
+    eventually(lambda: line.storage.asked.count("a") > 3)
+    assert set(line.storage.asked) == {"", "a"}
+
+    held = line.held
+    for caller, rest in ((0, callers[1:]), (1, callers[2:]), (2, [])):
+        line.service.release(held.lease, "")
+        granted = callers[caller].result(5)
+        assert granted and granted.token > held.token
+        assert not any(one.done() for one in rest)
+        held = granted
+
+    assert line.waiting() == 0
+
+
+def test_a_first_in_line_that_fails_or_hangs_up_hands_its_place_on(line: InLine) -> None:
+    failing, gone, patient = [line.join(name) for name in ("failing", "gone", "patient")]
+
+    line.gone.add("gone")
+    line.storage.fails_for.add("failing")
+
+    assert isinstance(failing.exception(5), shared_lock.NotApplied)
+    assert isinstance(gone.exception(5), EOFError)
+    assert "gone" not in line.storage.asked
+    line.service.release(line.held.lease, "")
+    assert patient.result(5)
+
+
+def test_a_wait_that_ends_behind_others_is_refused_unasked(line: InLine) -> None:
+    first = line.join("first")
+
+    assert line.join("short", wait=0.3).result(5) is None
+
+    assert "short" not in line.storage.asked
+    line.service.release(line.held.lease, "")
+    assert first.result(5)
+
+
+def test_a_stop_refuses_the_whole_line_at_once(line: InLine) -> None:
+    callers = [line.join(name) for name in "abc"]
+
+    line.service.dismiss_waiting()
+
+    assert [caller.result(1) for caller in callers] == [None, None, None]
+    assert set(line.storage.asked) == {"", "a"}
+
+
+def test_the_first_in_line_asks_once_more_when_its_wait_ends(
+    line: InLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(random, "uniform", lambda low, high: 60)
+
+    assert line.join("a", wait=0.3).result(5) is None
+
+    assert line.storage.asked == ["", "a", "a"]
+
+
+# == Cache ==================================================================================
 
 @pytest.fixture
 def held(on_etcd: Daemon, key: str) -> str:
@@ -5310,8 +5433,98 @@ def test_under_load_every_caller_gets_the_answer_to_its_own_item(pool: Pool) -> 
     assert 4 < max(sizes) <= 16
 
 
-# == Members: which one to ask, and what a fault of it costs =======================================
+=======
+def test_callers_behind_a_batch_that_everybody_gave_up_are_served(pool: Pool) -> None:
+    call = HeldCall(pool, share=0.6)
+    first = call.first(1)
+    [impatient] = call.behind(2, seconds=0.5)
+    [patient] = call.behind(3)
+    assert isinstance(impatient.exception(10), shared_lock.NotApplied)
 
+    call.let_go(2)
+
+    assert [first.result(10), patient.result(5)] == [10, 30]
+    assert call.batches == [[1], [3]]
+
+
+def test_callers_that_gave_up_take_up_no_room(pool: Pool) -> None:
+    call = HeldCall(pool, share=0.5)
+    first = call.first(1)
+    [impatient] = call.behind(2, seconds=0.3)
+    assert isinstance(impatient.exception(10), shared_lock.NotApplied)
+
+    patient = call.behind(3, 4)
+    call.let_go(2)
+
+    assert [future.result(10) for future in (first, *patient)] == [10, 30, 40]
+    assert call.batches == [[1], [3, 4]]
+
+
+class OutOfMemory:
+    """Raises a MemoryError before the n-th line that its thread runs of those lines of the Combiner
+    that make an object; a `finally` makes none."""
+
+    def __init__(self) -> None:
+        self.left = 0
+        tree = ast.parse(Path(shared_lock.__file__).read_text())
+        [room] = [
+            one for one in tree.body if isinstance(one, ast.ClassDef) and one.name == "Combiner"
+        ]
+        makers = (ast.Call, ast.BinOp, ast.AugAssign)
+        self._lines = {one.lineno for one in ast.walk(room) if isinstance(one, makers)}
+        for one in ast.walk(room):
+            for last in one.finalbody if isinstance(one, ast.Try) else []:
+                self._lines -= set(range(last.lineno, (last.end_lineno or 0) + 1))
+
+    def __call__(self, frame: types.FrameType, event: str, _: object) -> Any:
+        if frame.f_code.co_filename != shared_lock.__file__:
+            return None
+        if event == "line" and frame.f_lineno in self._lines:
+            self.left -= 1
+            if not self.left:
+                raise MemoryError
+        return self
+
+    def ask(self, combiner: shared_lock.Combiner[int, int], item: int, deadline: float) -> int:
+        sys.settrace(self)
+        try:
+            return combiner.ask(item, deadline)
+        finally:
+            sys.settrace(None)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.6])
+@pytest.mark.parametrize("role", ["alone", "leader", "follower", "impatient"])
+def test_out_of_memory_in_whichever_line_poisons_nothing(
+    pool: Pool, share: float, role: str
+) -> None:
+    memory = OutOfMemory()
+    for n in itertools.count(1):
+        call = HeldCall(pool, share)
+        others = [] if role == "alone" else [call.first(1)]
+        others += call.behind(2) if role == "follower" else []
+        seconds = 0.05 if role == "impatient" else 10
+        memory.left = n
+        deadline = Deadline(time.monotonic() + seconds)
+        victim = pool.submit(memory.ask, call.combiner, 3, deadline)
+        eventually(lambda: victim.done() or deadline.is_waited_for.is_set())  # noqa: B023
+        others += [] if role == "alone" else call.behind(4, 5)
+        if role == "impatient":
+            assert victim.exception(10)
+
+        call.let_go(100)
+
+        assert fault_of(victim) in (None, MemoryError, shared_lock.NotApplied)
+        for future in others:  # who shared a call with it may not know, and nobody is stranded
+            assert fault_of(future) in (None, shared_lock.OutcomeUnknown)
+        later = [pool.submit(call.combiner.ask, item, soon()) for item in (7, 8, 9)]
+        assert [future.result(10) for future in later] == [70, 80, 90]
+        if memory.left > 0:
+            break
+    assert n > 4
+
+
+# == Members: which one to ask, and what a fault of it costs ================================
 
 def kill(member: Etcd) -> None:
     member.stop()
