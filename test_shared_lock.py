@@ -4517,7 +4517,6 @@ def test_the_longest_wait_ends_a_second_before_a_proxy_would_cut_it(start: Start
     assert 1.9 < time.monotonic() - began < 2.9
 
 
-=======
 def test_who_holds_the_lock_already_does_not_stand_behind_those_that_wait_for_it(
     daemon: Daemon, key: str, pool: Pool
 ) -> None:
@@ -4642,6 +4641,7 @@ def test_the_first_in_line_asks_once_more_when_its_wait_ends(
 
 
 # == Cache ==================================================================================
+
 
 @pytest.fixture
 def held(on_etcd: Daemon, key: str) -> str:
@@ -5433,7 +5433,6 @@ def test_under_load_every_caller_gets_the_answer_to_its_own_item(pool: Pool) -> 
     assert 4 < max(sizes) <= 16
 
 
-=======
 def test_callers_behind_a_batch_that_everybody_gave_up_are_served(pool: Pool) -> None:
     call = HeldCall(pool, share=0.6)
     first = call.first(1)
@@ -5525,6 +5524,7 @@ def test_out_of_memory_in_whichever_line_poisons_nothing(
 
 
 # == Members: which one to ask, and what a fault of it costs ================================
+
 
 def kill(member: Etcd) -> None:
     member.stop()
