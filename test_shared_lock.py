@@ -2656,7 +2656,12 @@ def move_away(file: Path) -> Callable[[], object]:
 def make_a_folder(file: Path) -> Callable[[], object]:
     away = file.rename(file.with_suffix(".away"))
     file.mkdir()
-    return lambda: (file.rmdir(), away.rename(file))
+
+    def undo() -> None:
+        file.rmdir()
+        away.rename(file)
+
+    return undo
 
 
 @pytest.mark.parametrize("harm", [hide, move_away, make_a_folder])
