@@ -1,10 +1,6 @@
 """Selects the tests that touch etcd: they, or fixtures that they use, have a word for it.
 
-<<<<<<< HEAD
-    PYTHONPATH=.ci python -m pytest -p only_etcd
-=======
 PYTHONPATH=.ci python -m pytest -p only_etcd
->>>>>>> infra
 """
 
 import inspect
