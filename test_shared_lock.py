@@ -68,7 +68,7 @@ PYTHON = os.environ.get("SHARED_LOCK_TEST_PYTHON", sys.executable)
 Start = Callable[..., "Daemon"]
 Pool = ThreadPoolExecutor
 
-# == Servers: what the tests start, and stop by its process id =====================================
+# == Servers: what the tests start, and stop by its process id ===================================
 
 
 def etcd_binary() -> str:
@@ -459,7 +459,7 @@ def lease_id() -> int:
     return random.randrange(1, 2**63)
 
 
-# == Helpers: raw connections, callers at the same time, what metrics tell =========================
+# == Helpers: raw connections, callers at the same time, what metrics tell =======================
 
 KIB64 = 65_536
 
@@ -815,9 +815,10 @@ def calls(etcd: Etcd) -> collections.Counter[str]:
     return +counts
 
 
-# == Log: one event is one line, and who reads it slowly delays nobody ===============================================
+# == Log: one event is one line, and who reads it slowly delays nobody ===========================
 
-# All that ends a line for some reader of logs, all other control characters, and what turns the writing direction.
+# All that ends a line for some reader of logs, all other control characters, and what turns the
+# writing direction.
 CONTROLS = "".join(
     map(chr, [*range(32), *range(0x7F, 0xA0), *range(0x2028, 0x202F), *range(0x2066, 0x206A)])
 )
@@ -899,7 +900,8 @@ def test_with_stderr_closed_the_log_goes_nowhere(start: Start) -> None:
 
 
 def events(daemon: Daemon, *names: str) -> list[dict[str, str]]:
-    """The fields of each line in the log whose event is one of these names; of all lines without any."""
+    """The fields of each line in the log whose event is one of these names; of all lines without
+    any."""
     word = re.compile(r'([a-z_]+)=(?:"((?:[^"\\]|\\.)*)"|(\S*))')
     found = [word.findall(line) for line in daemon.log().splitlines()]
     lines = [{name: quoted or plain for name, quoted, plain in words} for words in found]
@@ -1108,11 +1110,12 @@ def test_probes_of_a_tls_port_that_simply_close_leave_no_line_in_the_debug_log(
     assert [line["event"] for line in events(daemon)] == ["serving", "stopping", "stopped"]
 
 
-# == Words: durations, settings ======================================================================================
+# == Words: durations, settings ==================================================================
 
 
 def test_a_duration_that_is_long_is_refused_without_delay() -> None:
-    refuse = "import shared_lock\ntry: shared_lock.parse_duration('1' * 10**6 + 'x')\nexcept ValueError: exit(7)"
+    refuse = "import shared_lock\n"
+    refuse += "try: shared_lock.parse_duration('1' * 10**6 + 'x')\nexcept ValueError: exit(7)"
 
     ended = subprocess.run(
         [PYTHON, "-c", refuse], cwd=HERE, timeout=60
@@ -1400,7 +1403,8 @@ def test_a_variable_that_is_none_of_ours_is_warned_of_and_kubernetes_service_lin
 
 
 class Pki(NamedTuple):
-    """Folders with ca.crt, client.crt, client.key, and the same for server: of those who belong, of strangers with a CA
+    """Folders with ca.crt, client.crt, client.key, and the same for server: of those who belong, of
+    strangers with a CA
     of their own, and lax ones without what RFC 5280 wants and nobody but CPython 3.13 asks for.
 
     Beside the good ones locked.key, which has a password, and garbage.
@@ -1423,7 +1427,8 @@ class Pki(NamedTuple):
         }
 
     def port(self, client_ca: str = "") -> dict[str, str]:
-        """The variables for TLS on the daemon's own port; `client_ca`, a file, is for callers' certificates."""
+        """The variables for TLS on the daemon's own port; `client_ca`, a file, is for callers'
+        certificates."""
         files = {"CERT_PATH": "server.crt", "KEY_PATH": "server.key", "CLIENT_CA_PATH": client_ca}
         return {f"SERVER_{name}": str(self.good / file) for name, file in files.items() if file}
 
@@ -1655,7 +1660,7 @@ def test_one_half_of_a_client_certificate_stops_the_start(pki: Pki, missing: str
     assert f"SHARED_LOCK_{missing}" in ended.stderr
 
 
-# == Wire: what is HTTP/1.1, and what is not =========================================================================
+# == Wire: what is HTTP/1.1, and what is not =====================================================
 
 
 def test_pipelined_requests_are_answered_in_order(on_memory: Daemon) -> None:
@@ -2238,7 +2243,7 @@ def test_long_bodies_leave_no_memory_behind(start: Start, kind: str) -> None:
     assert resident_mib(daemon.process.pid) < before + MEMORY_LEFT_MIB
 
 
-# == Connections and the server: time and crowds =====================================================================
+# == Connections and the server: time and crowds =================================================
 
 
 def test_a_trickling_request_is_cut_at_the_read_timeout(start: Start) -> None:
@@ -2468,7 +2473,7 @@ def test_a_connection_whose_thread_could_not_start_ends_and_is_not_waited_for(
     assert daemon.stop() == 0  # and there is no limit of time
 
 
-# == Tokens: who may ask =============================================================================================
+# == Tokens: who may ask =========================================================================
 
 TOKENS = "\n  first-token \n\n\t\nsecond-token\r\n \n"
 
@@ -2815,9 +2820,9 @@ def test_no_proxy_may_keep_an_answer(
 
     statuses = {path: answer.status for path, answer in answers.items()}
     assert statuses == paths | {"401": 401, "403": 403}
-    assert {path: answer.headers.get("cache-control") for path, answer in answers.items()} == {
-        path: "no-store" for path in answers
-    }
+    assert {
+        path: answer.headers.get("cache-control") for path, answer in answers.items()
+    } == dict.fromkeys(answers, "no-store")
 
 
 def test_readiness_tells_why_it_failed_only_to_who_shows_a_token(
@@ -2867,7 +2872,7 @@ def test_settings_of_who_may_ask_that_cannot_be_used_stop_the_start(env: dict[st
     )
 
 
-# == TLS on the own port =============================================================================================
+# == TLS on the own port =========================================================================
 
 
 @pytest.fixture
@@ -2923,10 +2928,17 @@ def test_tls_is_of_version_1_2_or_newer(start_tls: Start, version: ssl.TLSVersio
         assert talk(daemon, HEALTH).status == 200
 
 
-INTERMEDIATE = """ECDHE-ECDSA-AES128-GCM-SHA256 ECDHE-RSA-AES128-GCM-SHA256
-    ECDHE-ECDSA-AES256-GCM-SHA384 ECDHE-RSA-AES256-GCM-SHA384 ECDHE-ECDSA-CHACHA20-POLY1305
-    ECDHE-RSA-CHACHA20-POLY1305 DHE-RSA-AES128-GCM-SHA256 DHE-RSA-AES256-GCM-SHA384
-    DHE-RSA-CHACHA20-POLY1305""".split()
+INTERMEDIATE = [
+    "ECDHE-ECDSA-AES128-GCM-SHA256",
+    "ECDHE-RSA-AES128-GCM-SHA256",
+    "ECDHE-ECDSA-AES256-GCM-SHA384",
+    "ECDHE-RSA-AES256-GCM-SHA384",
+    "ECDHE-ECDSA-CHACHA20-POLY1305",
+    "ECDHE-RSA-CHACHA20-POLY1305",
+    "DHE-RSA-AES128-GCM-SHA256",
+    "DHE-RSA-AES256-GCM-SHA384",
+    "DHE-RSA-CHACHA20-POLY1305",
+]
 
 
 @pytest.mark.parametrize("kind", ["ec -pkeyopt ec_paramgen_curve:prime256v1", "rsa:2048"])
@@ -3178,7 +3190,7 @@ def test_over_tls_a_client_that_never_reads_is_cut_at_the_write_timeout(start_tl
     assert talk(daemon, HEALTH).status == 200
 
 
-# == API: paths, methods, bodies =====================================================================================
+# == API: paths, methods, bodies =================================================================
 
 
 @pytest.mark.parametrize(
@@ -3362,7 +3374,8 @@ def test_any_other_body_is_400_and_says_why(daemon: Daemon, body: str | bytes, s
         ('{"key": @, "value": "a", "vaLue": "b"}', "b"),
         ('{"Value": "a", "value": "b", "kEY": @}', "b"),
         (
-            '{"key": @, "labels": {"Value": "x"}, "Labels": [["value"]], "timestamp": {"key": "x"}}',
+            '{"key": @, "labels": {"Value": "x"}, "Labels": [["value"]],'
+            ' "timestamp": {"key": "x"}}',
             "",
         ),
     ],
@@ -3600,7 +3613,7 @@ def test_what_is_no_living_lease_is_told_so(
         one_line(answer, "body", body.strip()[:20].replace('"', '\\"'))
 
 
-# == A lock over its life, on both storages ==========================================================================
+# == A lock over its life, on both storages ======================================================
 
 
 def test_a_free_lock_is_granted_with_its_ttl_and_token(daemon: Daemon, key: str) -> None:
@@ -3954,7 +3967,7 @@ def test_a_list_ends_after_a_thousand_locks_and_tells_that_there_are_more(
     assert more[-1] == {"more": True}
 
 
-# == Asking again: x-lease-id ========================================================================================
+# == Asking again: x-lease-id ====================================================================
 
 
 @pytest.mark.parametrize(
@@ -4223,7 +4236,7 @@ def test_a_lease_of_another_tenant_is_409_and_untouched(
     assert on_etcd.look(key).status == 404
 
 
-# == Waiting for a lock ============================================================================
+# == Waiting for a lock ==========================================================================
 
 
 def gauge(daemon: Daemon, name: str) -> float:
@@ -4645,7 +4658,7 @@ def test_the_first_in_line_asks_once_more_when_its_wait_ends(
     assert line.storage.asked == ["", "a", "a"]
 
 
-# == Cache ==================================================================================
+# == Cache =======================================================================================
 
 
 @pytest.fixture
@@ -4780,7 +4793,7 @@ def test_a_refusal_that_a_release_overtook_is_believed_for_no_longer_than_any(
     eventually(lambda: cached.acquire(key).status == 201, 4)
 
 
-# == Storage in memory ===============================================================================================
+# == Storage in memory ===========================================================================
 
 
 def entries(storage: shared_lock.MemoryStorage) -> int:
@@ -4853,7 +4866,7 @@ def test_in_memory_leases_are_random_and_tokens_grow() -> None:
     assert all(earlier.token < later.token for earlier, later in itertools.pairwise(grants))
 
 
-# == Storage in etcd, and its gateway in our words =================================================
+# == Storage in etcd, and its gateway in our words ===============================================
 
 
 class Scripted:
@@ -5237,7 +5250,7 @@ def test_of_callers_whose_reads_share_a_call_each_gets_its_own_answer(
     assert [answer.status for _, answer in answers] == [201, 202] * 12
 
 
-# == Combiner ======================================================================================
+# == Combiner ====================================================================================
 
 
 class Deadline(float):
@@ -5528,7 +5541,7 @@ def test_out_of_memory_in_whichever_line_poisons_nothing(
     assert n > 4
 
 
-# == Members: which one to ask, and what a fault of it costs ================================
+# == Members: which one to ask, and what a fault of it costs =====================================
 
 
 def kill(member: Etcd) -> None:
@@ -5755,7 +5768,7 @@ def test_certificates_are_judged_as_go_and_curl_do(
         etcd.stop()
 
 
-# == One cluster for life ==========================================================================
+# == One cluster for life ========================================================================
 
 
 @pytest.fixture
@@ -6090,7 +6103,7 @@ def test_a_minute_after_another_cluster_was_seen_last_locks_are_granted_again(
     assert daemon.acquire(f"{key}-after").status == 201
 
 
-# == Names: several addresses, and name servers that say something else, or nothing ================
+# == Names: several addresses, and name servers that say something else, or nothing ==============
 
 RESOLVER = """
 import runpy, socket, sys, time
@@ -6245,11 +6258,12 @@ def is_left(old: Proxy, daemon: Daemon, key: str) -> bool:
     return len(old.seen) == seen
 
 
-# == etcd's auth =====================================================================================================
+# == etcd's auth =================================================================================
 
 
 def enable_auth(etcd: Etcd) -> None:
-    """Users root, lock (who may read and write our prefix) and other (another one); their passwords are secret."""
+    """Users root, lock (who may read and write our prefix) and other (another one); their passwords
+    are secret."""
     for name, first, end in (
         ("root", b"", b""),
         ("lock", b"/shared-lock/", b"/shared-lock0"),
@@ -6403,7 +6417,7 @@ def test_while_an_etcd_with_auth_is_killed_and_restarted_no_request_fails(
     assert [turn for client in clients for turn in client.result(60) if turn != WELL] == []
 
 
-# == Readiness and metrics ===========================================================================================
+# == Readiness and metrics =======================================================================
 
 
 def test_it_starts_without_etcd_and_readiness_follows_etcd_while_health_does_not(
@@ -6768,7 +6782,7 @@ def test_no_name_of_a_member_spoils_the_page(start: Start) -> None:
     assert metrics(start(address))
 
 
-# == Profiles ========================================================================================================
+# == Profiles ====================================================================================
 
 
 def decode(data: bytes) -> dict[int, list[Any]]:
@@ -6798,7 +6812,8 @@ def decode(data: bytes) -> dict[int, list[Any]]:
 
 
 class Profile:
-    """A profile as `go tool pprof` reads it: (kind, unit), and of each sample its value and (function, file)s."""
+    """A profile as `go tool pprof` reads it: (kind, unit), and of each sample its value and
+    (function, file)s."""
 
     def __init__(self, answer: Answer) -> None:
         assert answer.status == 200, answer
@@ -6972,7 +6987,7 @@ def test_without_the_switch_no_tool_of_profiling_is_loaded(
     )
 
 
-# == Life of the process =============================================================================================
+# == Life of the process =========================================================================
 
 
 def test_help_names_every_variable_and_a_wrong_command_shows_the_usage() -> None:
@@ -7224,7 +7239,7 @@ def test_locks_stay_with_their_holders_over_a_restart(start: Start, etcd: Etcd, 
     assert (second.acquire(key).status, second.keep_alive(lease).status) == (202, 200)
 
 
-# == Faults: clusters whose members die, freeze and come back ======================================
+# == Faults: clusters whose members die, freeze and come back ====================================
 
 
 PREFIX = b"/shared-lock/"
@@ -7232,7 +7247,8 @@ RECOVERY_SECONDS = 6  # how long after a fault clients may be told of it
 
 
 class Cluster:
-    """Three members of etcd, which tests may kill, freeze and restart; heal() makes all three well again."""
+    """Three members of etcd, which tests may kill, freeze and restart; heal() makes all three well
+    again."""
 
     def __init__(self, folder: Path, *options: str) -> None:
         peers = {f"m{number}": free_port() for number in range(3)}
@@ -7267,7 +7283,8 @@ class Cluster:
 
 
 class Call(NamedTuple):
-    """What a client asked of the daemon and was told. Status 0: the connection was dropped. Times are monotonic."""
+    """What a client asked of the daemon and was told. Status 0: the connection was dropped. Times
+    are monotonic."""
 
     operation: str
     body: str
@@ -7281,9 +7298,11 @@ class Call(NamedTuple):
 
 
 class Clients:
-    """Threads that take, keep and release locks on kept connections, in a with statement; `calls` is what they saw.
+    """Threads that take, keep and release locks on kept connections, in a with statement; `calls`
+    is what they saw.
 
-    The value of a lock names the try that took it. Who is told that its lease is gone tries to release it, too.
+    The value of a lock names the try that took it. Who is told that its lease is gone tries to
+    release it, too.
     """
 
     ROUTES: ClassVar = {
@@ -7361,11 +7380,15 @@ class Event(NamedTuple):
 
 
 class History:
-    """What etcd itself saw of every key, by a watch from revision 1, held against what clients were told.
+    """What etcd itself saw of every key, by a watch from revision 1, held against what clients were
+    told.
 
-    - For each key put and delete alternate, and a put creates the key: nobody ever takes what is held.
-    - The token of each 201 is the create_revision of one put of the key, with the client's own lease and value, and
-      no other 201 for the key has it (one transaction may create several keys). Of two calls for a key, one after the
+    - For each key put and delete alternate, and a put creates the key: nobody ever takes what is
+      held.
+    - The token of each 201 is the create_revision of one put of the key, with the client's own
+      lease and value, and
+      no other 201 for the key has it (one transaction may create several keys). Of two calls for a
+      key, one after the
       other, the later has the larger token.
     - Whoever was told 202 put nothing, and a 500 tells what it means for the lock.
     - Whoever was told that its lease is gone (204) could not release it afterwards.
@@ -7461,7 +7484,8 @@ def cluster(folder: Path) -> Iterator[Cluster]:
 
 
 def start_on(start: Start, cluster: Cluster, member: Etcd) -> Daemon:
-    """A daemon that has picked this member of the cluster to begin with; which it picks is left to chance."""
+    """A daemon that has picked this member of the cluster to begin with; which it picks is left to
+    chance."""
     for number in range(40):
         daemon, before = start(cluster.urls), calls(member)["LeaseGrant"]
         assert daemon.release(daemon.acquire(f"pick-{id(daemon)}-{number}").text).status == 200
@@ -7625,7 +7649,7 @@ def test_a_frozen_member_is_used_again_when_it_is_well(
     assert daemon.release(served.text).status == 200
 
 
-# == Faults: members that say of living leases that they are gone ==================================
+# == Faults: members that say of living leases that they are gone ================================
 
 
 def ask_about(daemon: Daemon, what: str, key: str, lease: str) -> Answer:
@@ -7712,13 +7736,14 @@ def test_a_leader_that_wakes_up_tells_nobody_that_a_living_lease_is_gone(
         )
 
 
-# == Faults: requests, answers and connections that break ==========================================
+# == Faults: requests, answers and connections that break ========================================
 
 ACTIONS = ["drop-request", "drop-answer", "cut", "late", "hold", "surplus", "503", "no-leader"]
 
 
 def meet(key: str, daemon: Daemon, other: Daemon) -> None:
-    """Another replica had the key when this one was asked for it: this one reads before it grants."""
+    """Another replica had the key when this one was asked for it: this one reads before it
+    grants."""
     lease = other.acquire(key).text
     assert daemon.acquire(key).status == 202
     assert other.release(lease).status == 200
@@ -8029,11 +8054,12 @@ def test_with_etcd_out_of_space_all_but_a_new_lock_still_works(
         assert (left, etcd.leases()) == ({int(lease)}, set())
 
 
-# == example.py: a runner that people copy ===========================================================================
+# == example.py: a runner that people copy =======================================================
 
 
 class Runner:
-    """`python example.py … -- command` as a child process, under another command if one is given."""
+    """`python example.py … -- command` as a child process, under another command if one is
+    given."""
 
     def __init__(
         self,
@@ -8068,9 +8094,11 @@ class Runner:
 
 @pytest.fixture
 def run(folder: Path, on_memory: Daemon, key: str) -> Iterator[Callable[..., Runner]]:
-    """Starts runners: run("sh", "-c", "a line", ttl="60s", on=a URL, options=["-n"]); they end with the test.
+    """Starts runners: run("sh", "-c", "a line", ttl="60s", on=a URL, options=["-n"]); they end with
+    the test.
 
-    A line that is to get a signal does without `sleep` in the foreground: dash drops what comes while it starts one.
+    A line that is to get a signal does without `sleep` in the foreground: dash drops what comes
+    while it starts one.
     """
     started: list[Runner] = []
 
@@ -8127,7 +8155,8 @@ def beats(beat: Path) -> bool:
     return beat.stat().st_mtime != last
 
 
-# Beats every 50 ms, in a grandchild that does not care for SIGTERM; "$0" is the file that shows when it last did.
+# Beats every 50 ms, in a grandchild that does not care for SIGTERM; "$0" is the file that shows
+# when it last did.
 STUBBORN = (
     "(trap '' TERM; while :; do echo >\"$0\"; sleep 0.05; done) & echo $SHARED_LOCK_LEASE; wait"
 )
@@ -8136,8 +8165,10 @@ STUBBORN = (
 class StandIn(http.server.ThreadingHTTPServer):
     """A shared-lock of one lock that is always granted, but for the answers that are written down.
 
-    Those of "POST /lease" may be ["500 why", "202 0"], then it is granted. "lost" does as asked and hangs up, "silent"
-    says nothing for ever, "trickle" a byte every 50 ms; what has no status in front is sent as it is.
+    Those of "POST /lease" may be ["500 why", "202 0"], then it is granted. "lost" does as asked and
+    hangs up, "silent"
+    says nothing for ever, "trickle" a byte every 50 ms; what has no status in front is sent as it
+    is.
     """
 
     daemon_threads = True
@@ -8279,7 +8310,8 @@ def test_of_three_runners_at_once_only_one_at_a_time_runs_its_command(
     run: Run, folder: Path
 ) -> None:
     diary = folder / "diary"
-    line = "echo in $SHARED_LOCK_FENCING_TOKEN >>$0; sleep 0.5; echo out $SHARED_LOCK_FENCING_TOKEN >>$0"
+    line = "echo in $SHARED_LOCK_FENCING_TOKEN >>$0; sleep 0.5;"
+    line += " echo out $SHARED_LOCK_FENCING_TOKEN >>$0"
 
     runners = [run(*sh(line), str(diary)) for _ in range(3)]
     assert [runner.wait() for runner in runners] == [0, 0, 0]
@@ -9225,7 +9257,8 @@ def test_a_certificate_is_judged_by_the_ca_file_and_refused_at_once_without(
     folder: Path, run: Run
 ) -> None:
     pem = folder / "runner.pem"
-    make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=x -addext"
+    make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes"
+    make += " -days 2 -subj /CN=x -addext"
     subprocess.run(
         [*make.split(), "subjectAltName=IP:127.0.0.1", "-keyout", pem, "-out", pem],
         check=True,
@@ -10027,7 +10060,7 @@ def test_the_readme_stays_short() -> None:
     assert len(words) <= 3000
 
 
-# == Benchmark: how fast, beside one raw gateway call of the same kind =============================
+# == Benchmark: how fast, beside one raw gateway call of the same kind ===========================
 
 
 class Load(NamedTuple):
