@@ -311,10 +311,10 @@ def keep_running(name: str, step: Callable[[], bool]) -> None:
     logged, and the thread goes on: the daemon needs it."""
 
     def run() -> None:
-        goes_on = True
-        while goes_on:
+        while True:
             try:
-                goes_on = step()
+                if not step():
+                    return
             except Exception as fault:
                 log_defect(fault, thread=name)
                 time.sleep(1)  # second
@@ -491,15 +491,15 @@ class Config:
             if needed and given[one.name] and not given[needed]:
                 raise ConfigError(f"{variable(needed)}: empty, but {variable(one.name)} needs it")
         tls = given["etcd_tls"]
-        for name in ("ca_cert_path", "client_cert_path", "client_key_path"):
-            if not tls and variable(name) not in env:
-                given[name] = ""  # the defaults are for ETCD_TLS
         addresses = given["etcd_addr_list"]
+        if not tls:  # the defaults of its files are for ETCD_TLS alone
+            files = ("ca_cert_path", "client_cert_path", "client_key_path")
+            given |= {name: "" for name in files if variable(name) not in env}
         for one in addresses:
             if tls and one.tls is False:
                 text = "not https://, or without a scheme, as SHARED_LOCK_ETCD_TLS=true wants it"
                 raise ConfigError(f"{variable('etcd_addr_list')}: {text}: {quote(one.url())}")
-        given["etcd_addr_list"] = tuple(one._replace(tls=tls or bool(one.tls)) for one in addresses)
+        given["etcd_addr_list"] = tuple(one._replace(tls=any((tls, one.tls))) for one in addresses)
         return cls(**given)
 
     def unused_files(self) -> list[str]:
@@ -556,15 +556,13 @@ class Renewed(Generic[Item]):
                     event(INFO, "files renewed", paths=",".join(self._paths))
             return self._current
 
-    def _look(self) -> list[tuple[int, int, bool]] | None:
-        seen = []
-        with contextlib.suppress(OSError):  # one is missing
-            for path in self._paths:
-                at = os.stat(path)
-                # What has just changed is read once more: it may change again within one tick.
-                seen.append((at.st_mtime_ns, at.st_ino, at.st_mtime > time.time() - 0.1))
-            return seen
-        return None
+    def _look(self) -> object:
+        try:
+            stats = [os.stat(path) for path in self._paths]
+        except OSError:  # one is missing
+            return None
+        # What has just changed is read once more: it may change again within one tick.
+        return [(at.st_mtime_ns, at.st_ino, at.st_mtime > time.time() - 0.1) for at in stats]
 
 
 def tls_context(
@@ -838,7 +836,7 @@ def parse_head(data: bytes) -> Head:
     target = re.sub(r"^(?i:https?)://[^/?]*", "", target)  # absolute-form, as sent to proxies
     path, _, query = target.partition("#")[0].partition("?")
     ours = tuple(pair for pair in headers.items() if pair[0].startswith("x-lease-"))
-    options = re.split(r"[ \t]*,[ \t]*", headers.get("connection", "").lower())
+    options = set(map(str.strip, headers.get("connection", "").lower().split(",")))
     keep_alive = "close" not in options and (minor != "0" or "keep-alive" in options)
     return Head(method, path or "/", query, headers, ours, keep_alive, f"HTTP/1.{minor}")
 
@@ -1030,8 +1028,7 @@ class Server(http.server.ThreadingHTTPServer):
             names = ("server_client_ca_path", "server_cert_path", "server_key_path")
             self.tls = tls_context(config, ssl.Purpose.CLIENT_AUTH, *names)
         self._tokens: Renewed[list[bytes]] | None = None
-        path = config.server_token_path
-        if path:
+        if path := config.server_token_path:
             self._tokens = Renewed(functools.partial(read_tokens, config), path)
             if not self._tokens.get():
                 raise ConfigError(f"{variable('server_token_path')}: holds no token: {quote(path)}")
@@ -1077,12 +1074,13 @@ class Server(http.server.ThreadingHTTPServer):
         scheme, _, given = head.headers.get("authorization", "").partition(" ")
         shown = given.strip().encode("utf-8", "surrogateescape")
         known = [secrets.compare_digest(shown, token) for token in tokens]  # all: constant time
-        is_known = scheme.lower() == "bearer" and any(known)
-        if not is_known and not open_to_all:
-            log.tally(WARNING, "token refused", client=client)
-            challenge = ("WWW-Authenticate", "Bearer")
-            raise HttpError("authorization: not Bearer with a known token", 401, challenge)
-        return is_known
+        if scheme.lower() == "bearer" and any(known):
+            return True
+        if open_to_all:
+            return False
+        log.tally(WARNING, "token refused", client=client)
+        challenge = ("WWW-Authenticate", "Bearer")
+        raise HttpError("authorization: not Bearer with a known token", 401, challenge)
 
     def stop(self, timeout: float) -> None:
         """Accepts no more, answers what is in flight, closes silent connections SILENT_SECONDS
@@ -1202,8 +1200,14 @@ class Api:
 
     def acquire(self, request: Request) -> Response:
         """POST /lease"""
-        must_be_free = _has_precondition(request.head, "if-none-match", "if-match")
-        wanted = self._lock_request(request)
+        head = request.head
+        must_be_free = _precondition(head, "if-none-match", "if-match")
+        if head.query:
+            known = ", ".join(self._lease_headers)
+            raise HttpError(f"query: not of use, but the headers {known}: {quote(head.query)}")
+        ttl, wait, lease = self._options(head.lease_headers)
+        key, value = recall(parse_lock, request.body)
+        wanted = LockRequest(key, value, ttl, wait, lease, request.client, request.hung_up)
         try:
             grant = self.service.acquire(wanted)
         except StorageError as fault:
@@ -1218,15 +1222,6 @@ class Api:
         # Never the holder's lease: a refused script that cleans up after itself would free
         # somebody else's lock.
         return Response(202, b"0")
-
-    def _lock_request(self, request: Request) -> LockRequest:
-        head = request.head
-        if head.query:
-            known = ", ".join(self._lease_headers)
-            raise HttpError(f"query: not of use, but the headers {known}: {quote(head.query)}")
-        ttl, wait, lease = self._options(head.lease_headers)
-        key, value = recall(parse_lock, request.body)
-        return LockRequest(key, value, ttl, wait, lease, request.client, request.hung_up)
 
     def _parse_options(self, headers: Pairs) -> list[Any]:
         options: dict[str, Any] = {name: one[1] for name, one in self._lease_headers.items()}
@@ -1261,7 +1256,11 @@ class Api:
         key = _lone_key(_query(request))
         if request.body:
             raise HttpError("body: not of use with a key in the query")
-        token = _quoted_token(request.head.headers)
+        shown = 'a fencing token, as in "4711"'
+        given = _precondition(request.head, "if-match", "if-none-match", '"[0-9]{1,19}"', shown)
+        if not given:
+            raise HttpError(f"if-match: missing; send what GET tells, {shown}", 428)
+        token = int(given.strip('"'))
         freed = self.service.free(key, token, request.client)
         if freed is Freed.NOTHING:
             return Response(204)
@@ -1315,28 +1314,17 @@ class Api:
         return Response(200, self._metrics.render().encode(), PROMETHEUS_TEXT)
 
 
-def _has_precondition(head: Head, name: str, other: str) -> bool:
-    """Whether this header (RFC 9110, 13.1) was sent. Raises HttpError where to ignore one would
-    be a trap."""
+def _precondition(
+    head: Head, name: str, other: str, form: str = "[*]", shown: str = "*"
+) -> str | None:
+    """The value of this header (RFC 9110, 13.1), None where it was not sent. Raises HttpError
+    where to ignore what was sent would be a trap."""
     if other in head.headers:
-        raise HttpError(f"{other}: not of use here, but {name}: *")
-    given = head.headers.get(name, "*")
-    if given != "*":
-        raise HttpError(f"{name}: not *: {quote(given)}")
-    return name in head.headers
-
-
-def _quoted_token(headers: Mapping[str, str]) -> int:
-    if "if-none-match" in headers:
-        raise HttpError('if-none-match: not of use here, but if-match: "TOKEN"')
-    given = headers.get("if-match")
-    if given is None:
-        text = 'if-match: missing; send the fencing token that GET tells, as in "4711"'
-        raise HttpError(text, 428)
-    match = re.fullmatch('"([0-9]{1,19})"', given, re.ASCII)
-    if not match:
-        raise HttpError(f'if-match: not a fencing token, as in "4711": {quote(given)}')
-    return int(match[1])
+        raise HttpError(f"{other}: not of use here, but {name}: {shown}")
+    given = head.headers.get(name)
+    if given is not None and not re.fullmatch(form, given):
+        raise HttpError(f"{name}: not {shown}: {quote(given)}")
+    return given
 
 
 def _gone(lease: int, request: Request) -> Response:
@@ -1383,18 +1371,15 @@ _STRING = re.compile(rb'"(?:[^"\\]|\\.)*+"?', re.DOTALL)
 def depth(body: bytes) -> int:
     """How deep this JSON is nested; brackets in strings do not count."""
     deepest = at = 0
-    for bracket in _STRING.sub(b"", body):
-        if bracket in b"[{":
-            at += 1
-            deepest = max(deepest, at)
-        elif bracket in b"]}":
-            at -= 1
+    for bracket in re.findall(rb"[][{}]", _STRING.sub(b"", body)):
+        at += 1 if bracket in b"[{" else -1
+        deepest = max(deepest, at)
     return deepest
 
 
 def _parse_json(body: bytes) -> Any:
-    if body.count(b"[") + body.count(b"{") > MAX_DEPTH and depth(body) > MAX_DEPTH:
-        raise HttpError(f"body: nested deeper than {MAX_DEPTH}")
+    if len(body) > MAX_DEPTH and depth(body) > MAX_DEPTH:
+        raise HttpError(f"body: nested deeper than {MAX_DEPTH}: {quote(body.decode('latin-1'))}")
     try:
         return _JSON.decode(body.decode())
     except ValueError as fault:
@@ -1430,7 +1415,7 @@ def _text(lock: Mapping[str, object], name: str) -> str:
 
 def read_lease(request: Request) -> int:
     """The lease ID in the body of a request, whose preconditions are checked. Raises HttpError."""
-    _has_precondition(request.head, "if-match", "if-none-match")
+    _precondition(request.head, "if-match", "if-none-match")
     lease: int = recall(parse_lease, request.body)
     return lease
 
