@@ -5957,7 +5957,8 @@ def test_several_replicas_lend_no_lock_twice_once_each_has_seen_the_other_cluste
         replicas = [start(balancer.url), start(between.url)]
         for number, replica in enumerate(replicas):
             assert replica.acquire(f"{key}-{number}").status == 201
-        balancer.targets, between.targets = itertools.cycle(two), itertools.cycle(two)
+        balancer.targets = itertools.cycle(reversed(two))  # the other one first: one new
+        between.targets = itertools.cycle(two)  # connection in ten seconds has to do
 
         eventually(lambda: all(map(is_foreign_known, replicas)), 20)
         asked = [replica.acquire(f"{key}-{n}").status for n in range(30) for replica in replicas]
