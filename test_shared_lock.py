@@ -1631,7 +1631,7 @@ def test_a_server_that_the_private_ca_did_not_sign_is_refused(
         ("http://@", {}, set()),
         ("http://@", {"CA_CERT_PATH": ""}, set()),
     ],
-    ids=str,
+    ids=lambda given: str(sorted(given) if isinstance(given, set) else given),
 )
 def test_a_file_of_tls_that_is_set_and_not_used_is_warned_of(
     start: Start, pki: Pki, endpoint: str, env: dict[str, str], unused: set[str] | None
