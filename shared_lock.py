@@ -2254,7 +2254,7 @@ def _read_claim(answer: Any) -> int:
 def _read_ttls(answers: Any) -> dict[int, int]:
     """The ttl of each lease; 0: not found."""
     results = [answer["result"] for answer in answers if "result" in answer]
-    return {int(result["ID"]): max(0, int(result.get("TTL", 0))) for result in results}
+    return {int(result.get("ID", 0)): max(0, int(result.get("TTL", 0))) for result in results}
 
 
 def _read_lease(answer: Any) -> LeaseInfo | None:
