@@ -1365,21 +1365,27 @@ _JSON = json.JSONDecoder(
     parse_int=lambda digits: int(digits) if len(digits) <= 20 else float(digits),
     parse_constant=lambda name: float(f"not JSON: {name}"),
 )
-_STRING = re.compile(rb'"(?:[^"\\]|\\.)*+"?', re.DOTALL)
+_STRING_OR_BRACKET = re.compile(rb'"(?:[^"\\]|\\.)*+"?|[][{}]', re.DOTALL)
 
 
-def depth(body: bytes) -> int:
-    """How deep this JSON is nested; brackets in strings do not count."""
-    deepest = at = 0
-    for bracket in re.findall(rb"[][{}]", _STRING.sub(b"", body)):
-        at += 1 if bracket in b"[{" else -1
-        deepest = max(deepest, at)
-    return deepest
+def is_too_deep(body: bytes) -> bool:
+    """Whether this JSON is nested deeper than MAX_DEPTH; brackets in strings do not count."""
+    depth = 0
+    for found in _STRING_OR_BRACKET.finditer(body):
+        first = found[0][:1]
+        if first in (b"[", b"{"):
+            depth += 1
+        elif first != b'"':
+            depth -= 1
+        if depth > MAX_DEPTH:
+            return True
+    return False
 
 
 def _parse_json(body: bytes) -> Any:
-    if len(body) > MAX_DEPTH and depth(body) > MAX_DEPTH:
-        raise HttpError(f"body: nested deeper than {MAX_DEPTH}: {quote(body.decode('latin-1'))}")
+    if len(body) > MAX_DEPTH and is_too_deep(body):
+        shown = quote(body[:200].decode("latin-1"))
+        raise HttpError(f"body: nested deeper than {MAX_DEPTH}: {shown}")
     try:
         return _JSON.decode(body.decode())
     except ValueError as fault:
@@ -1692,8 +1698,8 @@ class Cache:
     def free(self, key: str, token: int) -> Freed:
         try:
             return self._storage.free(key, token)
-        finally:
-            self._set(key, 0)
+        finally:  # with the lease other keys may be free
+            self._recall.cache_clear()
 
     def _samples(self) -> dict[str, float]:
         info = self._recall.cache_info()

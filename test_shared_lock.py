@@ -880,7 +880,7 @@ def test_a_log_that_is_not_read_in_time_delays_no_lock_and_tells_what_it_lost(
     lost = sum(int(number) for line in lines for number in re.findall(r"lines_lost=([0-9]+)", line))
     assert status == 0
     assert (
-        len({line for line in lines if "event=granted key=unread-" in line}) + lost
+        len({line for line in lines if re.search("event=granted .*key=unread-", line)}) + lost
         >= 3000
         > lost
         > 0
@@ -1269,7 +1269,7 @@ def test_a_variable_has_its_default_and_takes_its_values(
 ) -> None:
     config = shared_lock.Config.from_env({f"SHARED_LOCK_{name}": text, name: "ignored"})
 
-    assert getattr(shared_lock.Config.from_env({}), name.lower()) == default
+    assert getattr(shared_lock.Config(), name.lower()) == default
     assert getattr(config, name.lower()) == value
 
 
@@ -3292,9 +3292,11 @@ def test_a_defect_of_ours_is_answered_and_logged_in_a_line(start: Start) -> None
 
     answer = daemon.acquire("k")
 
-    assert (answer.status, answer.text) == (500, "internal error: see the log of shared-lock\n")
+    told = "outcome unknown: internal error: see the log of shared-lock\n"
+    assert (answer.status, answer.text) == (500, told)
     [line] = [line for line in daemon.log().splitlines() if "event=serving" not in line]
-    assert 'level=error event="internal error" path=/lease' in line and "ZeroDivisionError" in line
+    assert 'level=error event="internal error" error="ZeroDivisionError(' in line
+    assert "path=/lease" in line
 
 
 @pytest.mark.parametrize(
@@ -7394,36 +7396,14 @@ def test_a_cpu_profile_never_takes_a_thread_for_one_that_has_ended(start: Start)
     assert used("burn") > 10 * used("rest")
 
 
-def test_a_heap_profile_shows_what_is_allocated_meanwhile_and_nothing_from_before(
-    start: Start, pool: Pool
-) -> None:
-    daemon, large = (
-        start("mock", PPROF_ENABLED="true"),
-        json.dumps({"key": "@", "value": "x" * 20_000}),
-    )
-    for number in range(300):
-        assert daemon.acquire(f"before {number}", value="x" * 20_000).status == 201
-
-    idle = Profile(daemon.request("GET", "/debug/pprof/heap?seconds=1"))
-    with load(daemon, pool, large):
-        busy = Profile(daemon.request("GET", "/debug/pprof/heap?seconds=1"))
-
-    sizes = [sum(value for value, _ in profile.samples) for profile in (idle, busy)]
-    assert busy.type == ("inuse_space", "bytes")
-    assert sizes[0] < 3_000_000
-    assert 200_000 < sizes[1] < 1 << 30
-    assert busy.ours and {name.split(".")[-1] for name in busy.ours} <= defined_names()
-
-
-@pytest.mark.parametrize("pages", [("profile", "profile"), ("profile", "heap"), ("heap", "heap")])
-def test_of_two_profiles_at_a_time_one_is_503(profiled: Daemon, pages: tuple[str, str]) -> None:
-    clients = [Talk(profiled, get(f"/debug/pprof/{page}?seconds=2")) for page in pages]
+def test_of_two_profiles_at_a_time_one_is_503(profiled: Daemon) -> None:
+    clients = [Talk(profiled, get("/debug/pprof/profile?seconds=2")) for _ in range(2)]
 
     answers = sorted((client.answer() for client in clients), key=lambda answer: answer.status)
 
     assert [answer.status for answer in answers] == [200, 503]
     one_line(answers[1])
-    assert profiled.request("GET", f"/debug/pprof/{pages[1]}?seconds=1").status == 200
+    assert profiled.request("GET", "/debug/pprof/profile?seconds=1").status == 200
 
 
 def test_the_stack_of_every_thread_is_shown_and_all_profiles_are_listed(profiled: Daemon) -> None:
@@ -7432,15 +7412,17 @@ def test_the_stack_of_every_thread_is_shown_and_all_profiles_are_listed(profiled
 
     assert "MainThread" in text and "shared_lock.py:" in text
     assert "thread_stacks" in Profile(profiled.request("GET", "/debug/pprof/goroutine")).ours
-    assert index.status == 200 and all(
-        name in index.text for name in ("profile", "heap", "goroutine")
-    )
+    assert index.status == 200
+    assert all(name in index.text for name in ("profile", "goroutine"))
+
+
+def test_there_is_no_heap_profile(profiled: Daemon) -> None:
+    assert profiled.request("GET", "/debug/pprof/heap").status == 404
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "x", "", "1e3", "99999999999", "0.5s"])
-@pytest.mark.parametrize("page", ["profile", "heap"])
-def test_a_profile_takes_a_number_of_seconds(profiled: Daemon, page: str, seconds: str) -> None:
-    answer = profiled.request("GET", f"/debug/pprof/{page}?seconds={seconds}")
+def test_a_profile_takes_a_number_of_seconds(profiled: Daemon, seconds: str) -> None:
+    answer = profiled.request("GET", f"/debug/pprof/profile?seconds={seconds}")
 
     assert answer.status == 400
     one_line(answer, "seconds", f'"{seconds}"')
@@ -7453,14 +7435,11 @@ def test_without_the_switch_no_tool_of_profiling_is_loaded(
 
     quiet, profiled = start("mock"), start("mock", PPROF_ENABLED="true")
     quiet.acquire("k")
-    profiled.request("GET", "/debug/pprof/heap?seconds=1")
+    profiled.request("GET", "/debug/pprof/profile?seconds=1")
 
-    assert re.search(r"\| +socket\n", quiet.log()) and not re.search(
-        r"\| +(tracemalloc|gzip|etcd3gw)\n", quiet.log()
-    )
-    assert re.search(r"\| +tracemalloc\n", profiled.log()) and re.search(
-        r"\| +gzip\n", profiled.log()
-    )
+    assert re.search(r"\| +socket\n", quiet.log())
+    assert not re.search(r"\| +(tracemalloc|gzip|etcd3gw)\n", quiet.log())
+    assert re.search(r"\| +gzip\n", profiled.log())
 
 
 # == Life of the process =========================================================================
@@ -7536,7 +7515,8 @@ def test_the_file_alone_serves_the_mock_and_says_what_etcd_needs(
 
     assert answer.status == 201
     assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
-    assert "pip install etcd3gw" in ended.stderr and "SHARED_LOCK_STORAGE_TYPE" in ended.stderr
+    assert "pip install 'etcd3gw>=2.6.0'" in ended.stderr
+    assert "SHARED_LOCK_STORAGE_TYPE" in ended.stderr
 
 
 def test_without_a_host_ipv4_and_ipv6_are_served(start: Start) -> None:
@@ -7645,7 +7625,7 @@ def test_a_second_signal_ends_at_once(start: Start, second: int) -> None:
     time.sleep(0.3)
     daemon.process.send_signal(signal.SIGTERM)
     eventually(lambda: "event=stopping" in daemon.log())
-    time.sleep(0.3)
+    time.sleep(0.6)  # within half a second it would be the first one again
     assert daemon.process.poll() is None
 
     daemon.process.send_signal(second)
