@@ -287,7 +287,8 @@ class Request:
         except (OSError, HTTPException, ValueError) as fault:
             self._fail(fault)
         else:
-            self._answers.append((answer, address))
+            if not self._over.is_set():  # else what we cut may look like an answer without a length
+                self._answers.append((answer, address))
             self._over.set()
 
     def _exchange(self, address: Address, token: str) -> Answer:
