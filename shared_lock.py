@@ -2679,6 +2679,8 @@ class Cluster:
 
     def bind(self, cluster_id: str) -> None:
         """Before a grant in this cluster: from now on it is ours. Raises Refused."""
+        if self.id == cluster_id and not self.conflict:
+            return
         with self._mutex:
             if self.conflict:
                 raise Refused(self.conflict)
@@ -2701,8 +2703,8 @@ class Cluster:
 
     def note_revision(self, cluster_id: str, revision: int) -> None:
         """What our cluster has answered to a write."""
-        with self._mutex:
-            met = self._meetings.setdefault(cluster_id, Meeting())
+        met = self._meetings.get(cluster_id)
+        if met:  # without the mutex: a number that is lost to another thread is told by a later one
             met.revision = max(met.revision, revision)
 
     def revisions(self) -> dict[str, int]:
