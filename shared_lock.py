@@ -2528,6 +2528,8 @@ class Link:
             raise self._broken(fault) from fault
         if status != 200 or wire.buffer or "connection" in headers:
             self.close()
+        if status == http.HTTPStatus.REQUEST_TIMEOUT and self.is_kept:  # before it was asked
+            raise OutcomeUnknown("it gave up the idle connection", sick=False)
         return status, text
 
     def _broken(self, fault: Exception) -> StorageError:
@@ -2721,12 +2723,8 @@ class Cluster:
             met.member = member.name
             met.at = now
             met.missed = 0
-            for other_id, other in list(self._meetings.items()):
-                if is_new and other is not met:
-                    other.missed += 1
-                forgotten = other.missed >= FORGET_LOOKS and now - other.at >= FORGET_SECONDS
-                if forgotten and other_id != self.id:
-                    del self._meetings[other_id]
+            if is_new:
+                self._miss_others(met)
             self._note_conflict()
             if self.id not in ("", cluster_id):
                 raise ForeignCluster(f"it is of another cluster, {cluster_id}")
@@ -2740,6 +2738,13 @@ class Cluster:
         if has_fallen:
             text = "etcd went back: fencing tokens repeat"
             event(ERROR, text, member=member.name, revision=revision, before=at_least)
+
+    def _miss_others(self, met: Meeting) -> None:
+        for cluster_id, other in list(self._meetings.items()):
+            if other is not met and cluster_id != self.id:
+                other.missed += 1
+                if other.missed >= FORGET_LOOKS and met.at - other.at >= FORGET_SECONDS:
+                    del self._meetings[cluster_id]
 
     def _note_conflict(self) -> None:
         before = self.conflict

@@ -5614,6 +5614,98 @@ def test_what_is_not_an_answer_of_etcd_is_an_error(start: Start, says: bytes, fa
     one_line(answer, fault)
 
 
+NOT_OF_ETCD = [
+    b"<html>It works!</html>",
+    b"",
+    b"\xff\xfe\x00",
+    b"[]",
+    b'"text"',
+    b"{}",
+    b'{"header": 1}',
+    b'{"header": {}}',
+    b'{"header": {"cluster_id": [1], "revision": "1"}}',
+    b'{"header": {"cluster_id": "one", "revision": "1"}}',
+    b'{"header": {"cluster_id": "1", "revision": "' + b"9" * 5000 + b'"}}',
+    b'{"result": {"header": []}}',
+    b'{"code": 1e400, "message": "x"}',
+    b'{"error": {"grpc_code": [], "message": {}}}',
+    b"[" * 50_000,
+]
+
+
+def test_nothing_that_another_server_says_ends_the_search_for_etcd(
+    start: Start, etcd: Etcd, key: str
+) -> None:
+    says: list[Any] = [200, b""]
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(says[0])
+            self.send_header("Content-Length", str(len(says[1])))
+            self.end_headers()
+            self.wfile.write(says[1])
+
+        do_GET = do_POST
+
+        def log_message(self, *_: object) -> None:
+            """Nobody reads it."""
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        port = server.server_address[1]
+        daemon = start(f"http://127.0.0.1:{port}", ETCD_TIMEOUT="300ms")
+        for status, body in itertools.product([200, 404, 500], NOT_OF_ETCD):
+            says[:] = [status, body]
+            answer = daemon.acquire(key)
+            assert answer.status == 500, body
+            one_line(answer, f"127.0.0.1:{port}")
+        server.shutdown()
+    between = Proxy(etcd, port)
+
+    eventually(lambda: daemon.acquire(key).status == 201)
+
+    assert "internal error" not in daemon.log()
+    between.close()
+
+
+def test_what_nobody_asked_for_on_an_idle_connection_makes_no_member_sick(
+    start: Start, etcd: Etcd, key: str
+) -> None:
+    idle: list[socket.socket] = []
+
+    class Handler(socketserver.BaseRequestHandler):
+        """Passes bytes between the daemon and etcd."""
+
+        def handle(self) -> None:
+            with socket.create_connection(("127.0.0.1", etcd.port)) as target:
+                idle.append(self.request)
+                threading.Thread(target=self.pump, args=(target, self.request)).start()
+                self.pump(self.request, target)
+
+        @staticmethod
+        def pump(source: socket.socket, sink: socket.socket) -> None:
+            with contextlib.suppress(OSError):
+                while data := source.recv(65_536):
+                    sink.sendall(data)
+                sink.shutdown(socket.SHUT_RDWR)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        daemon = start(f"http://127.0.0.1:{server.server_address[1]}")
+        assert daemon.acquire(key).status == 201
+        for connection in idle:
+            with contextlib.suppress(OSError):
+                connection.sendall(b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\n\r\n")
+
+        statuses = [daemon.acquire(f"{key}-{n}").status for n in range(10)]
+
+        server.shutdown()
+        daemon.stop()
+    assert statuses == [201] * 10
+    assert [line["reason"] for line in events(daemon) if line["level"] == "warning"] == []
+
+
 # -- What an acquire costs etcd
 
 
@@ -7445,6 +7537,32 @@ def test_without_the_switch_no_tool_of_profiling_is_loaded(
 # == Life of the process =========================================================================
 
 
+def test_an_old_python_is_told_what_is_needed_in_one_line() -> None:
+    ast.parse((HERE / "shared_lock.py").read_text(), feature_version=(3, 8))
+    pretend = "import runpy, sys; sys.version_info = (3, 9, 2, 'final', 0);"
+    pretend += "runpy.run_path('shared_lock.py', run_name='__main__')"
+
+    ended = run_module(["-c", pretend])
+
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("shared-lock: Python 3.11 or newer is needed")
+    assert ended.stderr.count("\n") == 1
+
+
+def test_an_old_etcd3gw_is_told_what_is_needed_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "etcd3gw.py").write_text(
+        "class Etcd3Client:\n    def __init__(self, host='localhost', port=2379): pass\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    ended = run_module(SERVE, SERVER_PORT="0")
+
+    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
+    assert "etcd3gw>=2.6.0" in ended.stderr
+
+
 def test_help_names_every_variable_and_a_wrong_command_shows_the_usage() -> None:
     shown, bare, wrong = (
         run_module([SERVE[0], "--help"]),
@@ -7616,6 +7734,23 @@ def test_a_stop_refuses_new_clients_and_waits_for_those_in_flight(
     assert elapsed < 10 and daemon.process.poll() is None
     half.say(b" HTTP/1.1\r\nHost: x\r\n\r\n")
     assert (half.answer().status, daemon.process.wait(10)) == (200, 0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_each_signal_to_stop_answers_what_is_in_flight_however_often_it_comes_at_once(
+    start: Start, pool: Pool, key: str, number: int, times: int
+) -> None:
+    daemon = start("mock")
+    daemon.acquire(key)
+    waiter = pool.submit(daemon.acquire, key, **{"x-lease-wait": "30s"})
+    eventually(lambda: "shared_lock_waiting 1" in daemon.request("GET", "/metrics").text)
+
+    for _ in range(times - 1):
+        daemon.process.send_signal(number)
+    status = daemon.stop(number)
+
+    assert (status, waiter.result(10).status) == (0, 202)
 
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
