@@ -6987,6 +6987,28 @@ def test_while_an_etcd_with_auth_is_killed_and_restarted_no_request_fails(
     assert [turn for client in clients for turn in client.result(60) if turn != WELL] == []
 
 
+def test_a_log_in_that_hangs_costs_no_caller_more_than_its_budget(
+    own_etcd: Etcd, start: Start, key: str
+) -> None:
+    proxy = Proxy(own_etcd)
+    enable_auth(own_etcd)
+    daemon = start(proxy.url, ETCD_USERNAME="lock", ETCD_PASSWORD="secret", ETCD_TIMEOUT="3s")
+    eventually(lambda: daemon.acquire(key).status == 201)
+    proxy.rule = ("/v3/auth/authenticate", "stop", 1000)
+    own_etcd.stop()  # and has lost its tokens, where they are simple ones
+    own_etcd.start()
+    eventually(lambda: is_up(own_etcd))
+
+    answers = together(12, lambda number: daemon.acquire(f"{key}-{number}"))
+    proxy.rule = None
+    proxy.go_on.set()
+
+    assert max(took for took, _ in answers) < 4.5
+    assert {answer.status for _, answer in answers} <= {201, 500}
+    assert eventually(lambda: daemon.acquire(f"{key}-after").status == 201)
+    proxy.close()
+
+
 # == Readiness and metrics =======================================================================
 
 
@@ -7350,6 +7372,89 @@ def test_no_name_of_a_member_spoils_the_page(start: Start) -> None:
     except shared_lock.ConfigError:
         return  # as good
     assert metrics(start(address))
+
+
+def test_a_member_that_was_no_etcd_is_found_to_be_one_by_nobodys_asking(
+    start: Start, etcd: Etcd
+) -> None:
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), NoEtcd) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        port = server.server_address[1]
+        daemon = start(f"http://127.0.0.1:{port}", ETCD_TIMEOUT="500ms")
+        eventually(lambda: events(daemon, "etcd member failed"))
+        for NoEtcd.says in [*NoEtcd.ANSWERS, NoEtcd.ANSWERS[0]]:
+            assert daemon.request("GET", "/ready").status == 503
+            answers = [daemon.acquire("k"), daemon.keep_alive("7"), daemon.release("7")]
+            answers += [daemon.look("k"), daemon.request("GET", "/lease?prefix=")]
+            assert {answer.status for answer in answers} == {500}, NoEtcd.says
+            for answer in answers:
+                one_line(answer, f"127.0.0.1:{port}")
+        server.shutdown()
+
+    between = Proxy(etcd, port)
+
+    eventually(lambda: of_member(daemon, MEMBER_UP, f"http://127.0.0.1:{port}") == 1)
+    assert "internal error" not in daemon.log()
+    between.close()
+
+
+class NoEtcd(socketserver.StreamRequestHandler):
+    """Answers the first request of each connection with something else than HTTP of etcd."""
+
+    ANSWERS: ClassVar = [
+        b"SSH-2.0-OpenSSH_9.2p1\r\n",
+        b"\x00\x00\x06\x04\x00\x00\x00\x00\x00\x00\x05\x00\x00\x40\x00",  # HTTP/2: SETTINGS
+        b"",
+        b"\xff" * 100_000,
+        b"HTTP/1.1 200 OK\r\n\r\n<html>until the end",
+        b"HTTP/1.1 204 No Content\r\n\r\n",
+        b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: -5\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n{}",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"HTTP/1.1 999 \r\nContent-Length: 2\r\n\r\n{}",
+        b"HTTP/9.9 200 OK\r\nContent-Length: 2\r\n\r\n{}",
+        b"HTTP/1.1 200 OK\r\nX: " + b"x" * 200_000,
+        b"HTTP/1.1 500 \xff\r\nContent-Length: 16\r\n\r\n" + b'{"code":1e400}\r\n',
+        b'HTTP/1.1 200 OK\r\nContent-Length: 27\r\n\r\n{"error":{"http_code":[{}]}}',
+    ]
+    says: ClassVar[bytes] = ANSWERS[0]
+
+    def handle(self) -> None:
+        with contextlib.suppress(OSError):
+            self.rfile.readline()
+            self.wfile.write(self.says)
+
+
+def test_a_port_that_speaks_grpc_only_is_told_so(start: Start, tmp_path: Path) -> None:
+    helped = subprocess.run([etcd_binary(), "--help"], capture_output=True, text=True, timeout=30)
+    if "--listen-client-http-urls" not in helped.stdout + helped.stderr:
+        assert (
+            "3.4."
+            in subprocess.run([etcd_binary(), "--version"], capture_output=True, text=True).stdout
+        )
+        return  # the option came with 3.4.25 and 3.5.8
+    gateway = free_port()
+    etcd = Etcd(tmp_path, "m0", None, f"--listen-client-http-urls=http://127.0.0.1:{gateway}")
+    try:
+        etcd.start()
+        eventually(lambda: listens(gateway) and listens(etcd.port), 30)
+        daemon = start(etcd.url, ETCD_TIMEOUT="2s")
+
+        answer = daemon.acquire("k")
+
+        assert answer.status == 500
+        one_line(answer, "--listen-client-http-urls")
+        assert start(f"http://127.0.0.1:{gateway}").acquire("k").status == 201
+    finally:
+        etcd.stop()
+
+
+def listens(port: int) -> bool:
+    with contextlib.suppress(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port), timeout=5).close()
+        return True
+    return False
 
 
 # == Profiles ====================================================================================
@@ -7753,20 +7858,51 @@ def test_each_signal_to_stop_answers_what_is_in_flight_however_often_it_comes_at
     assert (status, waiter.result(10).status) == (0, 202)
 
 
-@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_ends_at_once(start: Start, second: int) -> None:
-    daemon = start("mock", SERVER_SHUTDOWN_TIMEOUT="60s", SERVER_READ_TIMEOUT="60s")
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("later", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_later_signal_ends_at_once_with_128_and_its_number(
+    start: Start, first: int, later: int
+) -> None:
+    command = ["env", "--default-signal=INT,HUP", PYTHON, *SERVE]  # whatever our own caller ignores
+    slow = {"SERVER_SHUTDOWN_TIMEOUT": "60s", "SERVER_READ_TIMEOUT": "60s"}
+    daemon = start("mock", command=command, **slow)
     client = Talk(daemon, b"GET /health")
-    time.sleep(0.3)
-    daemon.process.send_signal(signal.SIGTERM)
+    eventually(lambda: daemon.descriptors() and client.sock.send(b" ") == 1)
+    daemon.process.send_signal(first)
     eventually(lambda: "event=stopping" in daemon.log())
-    time.sleep(0.6)  # within half a second it would be the first one again
+    time.sleep(0.6)  # one that comes within half a second is the first one again
     assert daemon.process.poll() is None
 
-    daemon.process.send_signal(second)
+    daemon.process.send_signal(later)
 
-    daemon.process.wait(10)
+    assert daemon.process.wait(10) == 128 + later
     assert client.rest() == b""
+
+
+def test_two_signals_within_a_moment_cut_nothing(start: Start) -> None:
+    daemon = start("mock", SERVER_SHUTDOWN_TIMEOUT="60s", SERVER_READ_TIMEOUT="60s")
+    client = Talk(daemon, HEALTH + HEALTH[:-2])
+    assert client.answer().status == 200
+
+    daemon.process.send_signal(signal.SIGTERM)
+    time.sleep(0.001)
+    daemon.process.send_signal(signal.SIGTERM)
+    eventually(lambda: "event=stopping" in daemon.log())
+    client.say(b"\r\n")
+
+    assert client.answer().status == 200
+    assert daemon.process.wait(10) == 0
+
+
+def test_under_nohup_it_outlives_its_terminal(start: Start) -> None:
+    daemon = start("mock", command=["nohup", PYTHON, *SERVE])
+
+    daemon.process.send_signal(signal.SIGHUP)
+
+    for _ in range(20):
+        assert daemon.request("GET", "/health").status == 200
+    assert "event=stopping" not in daemon.log()
+    assert daemon.stop() == 0
 
 
 def test_a_signal_that_another_thread_receives_stops_it_as_well(start: Start) -> None:
