@@ -7377,7 +7377,7 @@ def test_no_name_of_a_member_spoils_the_page(start: Start) -> None:
 def test_a_member_that_was_no_etcd_is_found_to_be_one_by_nobodys_asking(
     start: Start, etcd: Etcd
 ) -> None:
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), NoEtcd) as server:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), NoEtcd) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         port = server.server_address[1]
         daemon = start(f"http://127.0.0.1:{port}", ETCD_TIMEOUT="500ms")
