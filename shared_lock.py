@@ -2544,10 +2544,10 @@ class Link:
             return OutcomeUnknown(text)
         if isinstance(fault, ssl.SSLEOFError | ssl.SSLZeroReturnError):  # as TLS 1.3 refuses us
             return OutcomeUnknown("TLS: it hung up; does it accept our certificate?")
-        if isinstance(fault, HttpError):
-            text += "; does this port speak gRPC only (--listen-client-http-urls)?"
-        elif has_ended and not self._endpoint.tls:
+        if has_ended and not self._endpoint.tls:
             text += "; is it https?"
+        if has_ended or isinstance(fault, HttpError):
+            text += "; does this port speak gRPC only (--listen-client-http-urls)?"
         return OutcomeUnknown(text)
 
 
