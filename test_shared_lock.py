@@ -10390,7 +10390,8 @@ class Guarded:
         settings = {"URL": url, "KEY": key, "TTL": "10", "JOB": job, "KEEP": keep}
         others = {"SHARED_LOCK_KEY": "x", "SHARED_LOCK_LEASE": "1"}  # of a job of example.py
         self.folder = folder
-        (folder / "script").write_text(script)
+        if not (folder / "script").exists():  # another copy may be reading it
+            (folder / "script").write_text(script)
         self.process = subprocess.Popen(
             [shell("sh"), "script"],
             cwd=folder,
