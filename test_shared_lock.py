@@ -7652,15 +7652,12 @@ def test_an_old_python_is_told_what_is_needed_in_one_line() -> None:
     assert ended.stderr.count("\n") == 1
 
 
-def test_an_old_etcd3gw_is_told_what_is_needed_in_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "etcd3gw.py").write_text(
-        "class Etcd3Client:\n    def __init__(self, host='localhost', port=2379): pass\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+def test_an_old_etcd3gw_is_told_what_is_needed_in_one_line(tmp_path: Path) -> None:
+    old = "class Etcd3Client:\n    def __init__(self, host='localhost', port=2379): pass\n"
+    (tmp_path / "etcd3gw.py").write_text(old)
+    first_of_all = f"sys.path.insert(0, {str(tmp_path)!r})"
 
-    ended = run_module(SERVE, SERVER_PORT="0")
+    ended = run_module(changed(first_of_all)[3:], SERVER_PORT="0")
 
     assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
     assert "etcd3gw>=2.6.0" in ended.stderr
