@@ -2442,7 +2442,7 @@ def test_a_flood_of_connections_makes_no_stop_longer(start: Start) -> None:
     daemon = start("mock", command=changed(ACCEPTS_SLOWLY), SERVER_SHUTDOWN_TIMEOUT="2s")
 
     with flooded(daemon):
-        eventually(lambda: daemon.descriptors() > 50)
+        assert daemon.request("GET", "/health").status == 200
         daemon.process.send_signal(signal.SIGTERM)
         status = daemon.process.wait(20)  # with a flood that goes on
 
@@ -6999,25 +6999,27 @@ def test_a_log_in_that_hangs_costs_no_caller_more_than_its_budget(
 ) -> None:
     proxy = Proxy(own_etcd)
     enable_auth(own_etcd)
-    daemon = start(proxy.url, ETCD_USERNAME="lock", ETCD_PASSWORD="secret", ETCD_TIMEOUT="3s")
+    daemon = start(proxy.url, ETCD_USERNAME="lock", ETCD_PASSWORD="secret", ETCD_TIMEOUT="4s")
     eventually(lambda: daemon.acquire(key).status == 201)
     proxy.rule = ("/v3/auth/authenticate", "stop", 1000)
-    own_etcd.stop()  # and has lost its tokens, where they are simple ones
+    time.sleep(0.5)  # a younger log-in is in etcd's log only, and done again at its start
+    own_etcd.stop()
     own_etcd.start()
     eventually(lambda: is_up(own_etcd))
 
     def acquire(number: int) -> tuple[float, Answer]:
-        time.sleep(number * 0.2)  # each comes while another's log-in hangs
+        time.sleep(number * 0.07)  # each comes while another's log-in hangs
         began = time.monotonic()
         answer = daemon.acquire(f"{key}-{number}")
         return time.monotonic() - began, answer
 
-    with Pool(20) as threads:
-        answers = list(threads.map(acquire, range(20)))
+    with Pool(60) as threads:
+        answers = list(threads.map(acquire, range(60)))
     proxy.rule = None
     proxy.go_on.set()
 
-    assert max(took for took, _ in answers) < 4.5
+    assert ("/v3/auth/authenticate", "stop") in proxy.seen
+    assert max(took for took, _ in answers) < 4.6  # the budget, and a machine that is busy
     assert {answer.status for _, answer in answers} <= {201, 500}
     assert eventually(lambda: daemon.acquire(f"{key}-after").status == 201)
     proxy.close()
