@@ -7699,13 +7699,6 @@ def test_help_names_every_variable_and_a_wrong_command_shows_the_usage() -> None
     assert "sevre" in wrong.stderr
 
 
-def test_the_usage_ends_with_the_command_since_it_takes_no_more() -> None:
-    assert (
-        run_module(SERVE[:1]).stderr.splitlines()[0]
-        == "usage: shared_lock.py [-h] [--version] {serve}"
-    )
-
-
 def test_the_version_is_told_in_one_word_that_all_others_repeat() -> None:
     told = run_module([SERVE[0], "--version"])
 
@@ -7754,15 +7747,6 @@ def test_the_file_alone_serves_the_mock_and_says_what_etcd_needs(
     assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
     assert "pip install 'etcd3gw>=2.6.0'" in ended.stderr
     assert "SHARED_LOCK_STORAGE_TYPE" in ended.stderr
-
-
-def test_without_a_host_ipv4_and_ipv6_are_served(start: Start) -> None:
-    daemon = start("mock", SERVER_HOST="")
-
-    for address in ("127.0.0.1", "::1"):
-        with socket.create_connection((address, daemon.port), timeout=10) as sock:
-            sock.sendall(HEALTH)
-            assert sock.recv(12) == b"HTTP/1.1 200"
 
 
 def test_the_longest_timeouts_serve_and_stop(start: Start) -> None:
