@@ -5876,7 +5876,7 @@ class HeldCall:
         for item in items:
             deadline = Deadline(time.monotonic() + seconds)
             futures.append(self._pool.submit(self.combiner.ask, item, deadline))
-            assert deadline.is_waited_for.wait(10)
+            assert deadline.is_waited_for.wait(10)  # it has joined
         return futures
 
 
@@ -9275,7 +9275,9 @@ def test_pauses_between_failures_grow_to_10_s_and_no_further(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pauses = list[float]()
-    monkeypatch.setattr(time, "sleep", pauses.append)
+    # In its own `time` alone: any other thread would go on without a pause, and fill the memory.
+    clock = SimpleNamespace(**{**vars(time), "sleep": pauses.append})
+    monkeypatch.setattr(example, "time", clock)
 
     with stand_in(acquire=["500 away"] * 7) as service:
         assert example.Lock(example.Service(service.url), "k", 60).acquire(math.inf)
