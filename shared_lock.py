@@ -1949,12 +1949,10 @@ class EtcdStorage(Storage):
         """Takes the key with a lease that was granted, or ends the lease.
 
         Only now, though to send the claim with the grant takes 15 % less time: a member that
-        freezes with both may, when it wakes up, take the key again after its release. A lease that
-        may end under a slow etcd goes alone: etcd would refuse all claims in the call."""
+        freezes with both may, when it wakes up, take the key again after its release."""
         lease = grant.lease
-        ask = self._claims.ask if grant.ttl > self._timeout else self._gateway.claim_alone
         try:
-            token = operation.ask(ask, wanted._replace(lease=lease))
+            token = operation.ask(self._claims.ask, wanted._replace(lease=lease))
             if not token and (operation.doubt or wanted.lease):
                 token = self._find_token(operation, wanted.key, lease)
         except BaseException as fault:
@@ -2181,7 +2179,7 @@ class Combiner(Generic[Item, Answer]):
             batch.has_started = True
         try:
             answers = self._call([entry.item for entry in batch.entries], deadline)
-            for entry, answer in zip(batch.entries, answers, strict=True):
+            for entry, answer in list(zip(batch.entries, answers, strict=True)):
                 entry.answer = answer
         except StorageError as fault:
             for entry in batch.entries:
@@ -2376,10 +2374,6 @@ class Gateway:
         tokens = {id(one): token for one, token in zip(distinct.values(), answers, strict=True)}
         return [tokens.get(id(claim), 0) for claim in claims]
 
-    def claim_alone(self, claim: LockRequest, deadline: float) -> int:
-        """As claim(), of one."""
-        return self.claim([claim], deadline)[0]
-
     def keep_alive(self, leases: list[int], deadline: float) -> list[int | StorageError]:
         """The renewed ttl of each lease, 0 where it is gone. Answers are matched by ID, since some
         may be missing."""
@@ -2490,24 +2484,27 @@ def classify(status: int, text: str) -> StorageError:
 # == Member: one question, one answer ============================================================
 
 MAX_IDLE = 256  # connections kept open to one member
+IDLE_SECONDS = 0.1  # one that was in use within it has most likely not ended since
 PAUSE_SECONDS = 0.1  # between two tries of one member that failed
 
 
 class Link:
     """A connection to a member. After an error, or what was not asked for, it is closed."""
 
-    def __init__(self, sock: socket.socket, endpoint: Address) -> None:
+    def __init__(self, sock: socket.socket, member: Member) -> None:
+        self.member = member
         self.cluster = ""  # the ID of the cluster it leads to
         self.is_open = True
         self.is_kept = False  # it was idle before it was asked
+        self.idle_since = math.inf  # time.monotonic
         self._wire = Wire(sock)
-        self._endpoint = endpoint
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
 
     def is_stale(self) -> bool:
-        """Whether the member has closed it, or said something that nobody asked for."""
-        return bool(self._poll.poll(0))
+        """Whether the member has closed it, or said something that nobody asked for. Not looked at
+        where it was in use a moment ago: each system call lets 150 threads fight for Python."""
+        return time.monotonic() > self.idle_since + IDLE_SECONDS and bool(self._poll.poll(0))
 
     def close(self) -> None:
         self.is_open = False
@@ -2539,12 +2536,13 @@ class Link:
         if isinstance(fault, HttpError) and fault.status == 413:
             return AnswerTooLarge(text)
         if self.is_kept and has_ended and not self._wire.buffer:
-            return OutcomeUnknown(text, sick=False)  # while nobody asked
+            self.member.hang_up()  # it closed them while nobody asked: they are of the same age
+            return OutcomeUnknown(text, sick=False)
         if self.cluster:  # it has answered before
             return OutcomeUnknown(text)
         if isinstance(fault, ssl.SSLEOFError | ssl.SSLZeroReturnError):  # as TLS 1.3 refuses us
             return OutcomeUnknown("TLS: it hung up; does it accept our certificate?")
-        if has_ended and not self._endpoint.tls:
+        if has_ended and not self.member.endpoint.tls:
             text += "; is it https?"
         if has_ended or isinstance(fault, HttpError):
             text += "; does this port speak gRPC only (--listen-client-http-urls)?"
@@ -2576,18 +2574,20 @@ class Member:
 
     def take_idle(self) -> Link | None:
         """A kept connection, if one can be used."""
-        while self._idle:
-            with contextlib.suppress(IndexError):  # another thread took the last
+        while True:
+            try:
                 link = self._idle.pop()
-                link.is_kept = True
-                if not link.is_stale():
-                    return link
-                link.close()
-        return None
+            except IndexError:
+                return None
+            link.is_kept = True
+            if not link.is_stale():
+                return link
+            link.close()
 
     def give_back(self, link: Link, at_most: int = MAX_IDLE) -> None:
         """Keeps a connection that can still be used, unless so many are kept already."""
         if link.is_open and len(self._idle) < at_most:
+            link.idle_since = time.monotonic()
             self._idle.append(link)
         else:
             link.close()
@@ -2619,7 +2619,7 @@ class Member:
             if self.endpoint.tls and isinstance(fault, ConnectionResetError):
                 text += "; is it http?"
             raise NotApplied(text, sick=not ours) from fault
-        return Link(sock, self.endpoint)
+        return Link(sock, self)
 
 
 @functools.lru_cache(maxsize=256)  # the answers of one second are alike
@@ -2845,6 +2845,7 @@ class Session:
             self._tls = tls_context(config, ssl.Purpose.SERVER_AUTH, *names)
         self._login = Login(config.etcd_username, config.etcd_password)
         self._durations = {False: [0.0], True: [0.0]}  # of reads, of writes; seconds
+        self._usual = {False: 0.0, True: 0.0}  # their medians
 
     def start(self) -> None:
         """Begins to look after the members."""
@@ -2861,31 +2862,30 @@ class Session:
         connection: a member that was frozen says for some milliseconds that leases are gone which
         are alive. Raises StorageError."""
         member = self.cluster.pick(deadline)
-        share_ends = time.monotonic() + self._share(call.writes)
+        # Seconds for one try. Only a timeout gives a frozen member away, so each may take a part of
+        # the time; and a slow etcd is not a sick one, so it may take as long as three calls took
+        # lately. A write takes at least as long as a read.
+        usual = max(self._usual[False], self._usual[call.writes])
+        share = max(self._timeout / (len(self.cluster.members) + 1), 3 * usual)
+        share_ends = time.monotonic() + share
         until = min(share_ends, deadline)
-        with self._judged(member, until, share_ends, deadline):
+        login = self._login.header
+        try:
             link = self._take_link(member, until)
             try:
                 if call is GRANT:
                     self.cluster.bind(link.cluster)
-                found = self._exchange(member, link, call, json, until)
+                found = self._exchange(link, call, json, until)
                 if call.doubtful(found):
                     self.cluster.require_one(until)  # of two, only one knows the lease
-                    self._look(member, link, until)
-                    found = self._exchange(member, link, call, json, until)
+                    self._look(link, until)
+                    found = self._exchange(link, call, json, until)
             finally:
                 member.give_back(link)
+        except StorageError as fault:
+            raise self._judge(member, fault, login, until, share_ends) from fault
+        self.cluster.mark_well(member)
         return types.SimpleNamespace(status_code=200, json=lambda: found)
-
-    def _share(self, writes: bool) -> float:
-        """Seconds for one try. Only a timeout gives a frozen member away, so each may take a part
-        of the time; and a slow etcd is not a sick one, so it may take as long as three calls took
-        lately. A write takes at least as long as a read."""
-        kinds = (False, True) if writes else (False,)
-        usual = max(
-            sorted(self._durations[kind])[len(self._durations[kind]) // 2] for kind in kinds
-        )
-        return max(self._timeout / (len(self.cluster.members) + 1), 3 * usual)
 
     def _take_link(self, member: Member, until: float, anew: bool = False) -> Link:
         """A kept connection or a new one. The first question on that is a look: one that leads to
@@ -2896,7 +2896,7 @@ class Session:
             link.close()
         link = member.connect(self._tls, until)
         try:
-            self._look(member, link, until)
+            self._look(link, until)
         except BaseException as fault:
             link.close()
             if isinstance(fault, OutcomeUnknown):
@@ -2904,23 +2904,25 @@ class Session:
             raise
         return link
 
-    def _look(self, member: Member, link: Link, until: float) -> None:
+    def _look(self, link: Link, until: float) -> None:
         """Asks which cluster the connection leads to, and what its revision is."""
         known = self.cluster.revisions()
         is_new = not link.cluster
-        revision = self._exchange(member, link, LOOK, LOOKED_AT, until)
+        revision = self._exchange(link, LOOK, LOOKED_AT, until)
         at_least = known.get(link.cluster, 0)
-        self.cluster.note_look(member, link.cluster, revision, at_least, is_new)
+        self.cluster.note_look(link.member, link.cluster, revision, at_least, is_new)
 
-    def _exchange(self, member: Member, link: Link, call: Call, payload: Any, until: float) -> Any:
+    def _exchange(self, link: Link, call: Call, payload: Any, until: float) -> Any:
         """What the call reads in the answer to one question."""
         started = time.monotonic()
         if started >= until:
             raise NotApplied("no time was left to ask it", sick=False)
-        head = f"{call.line} HTTP/1.1\r\n{member.headers}{self._login.header}"
+        head = f"{call.line} HTTP/1.1\r\n{link.member.headers}{self._login.header}"
         status, text = link.ask(head, to_body(payload), until, call.max_bytes)
-        durations = self._durations[call.writes][1 - DURATIONS :]
-        self._durations[call.writes] = [*durations, time.monotonic() - started]
+        earlier = self._durations[call.writes][1 - DURATIONS :]
+        durations = [*earlier, time.monotonic() - started]
+        self._durations[call.writes] = durations
+        self._usual[call.writes] = sorted(durations)[len(durations) // 2]
         answer = parse_answer(status, text, isinstance(payload, list))
         try:
             first = answer[0]["result"] if isinstance(answer, list) else answer
@@ -2934,39 +2936,31 @@ class Session:
         if link.cluster not in ("", cluster_id):  # a proxy that shares it among two clusters
             link.close()
             with contextlib.suppress(ForeignCluster):
-                self.cluster.note_look(member, cluster_id, 0, 0, is_new=True)
+                self.cluster.note_look(link.member, cluster_id, 0, 0, is_new=True)
             raise OutcomeUnknown(f"it answers for another cluster, too, {cluster_id}")
         link.cluster = cluster_id
         if call.writes:
             self.cluster.note_revision(cluster_id, revision)
         return found
 
-    @contextlib.contextmanager
-    def _judged(
-        self, member: Member, until: float, share_ends: float, deadline: float
-    ) -> Iterator[None]:
-        """What a try says of the member, and whether a log-in helps. Names the member in
-        errors."""
-        used = self._login.header
-        try:
-            yield
-        except StorageError as fault:
-            verdict = fault
-            if self._login.is_wanted_after(fault):
-                log_in = functools.partial(self._log_in, member, until)
-                verdict = self._login.renew(used, log_in, until)
-            if isinstance(fault, OutcomeUnknown) and not fault.sick:
-                member.hang_up()  # etcd closed them while nobody asked: they are of the same age
-            # If the caller's deadline cut the try short, that says nothing about the member.
-            if verdict.sick and (share_ends <= deadline or time.monotonic() < deadline):
-                self.cluster.mark_sick(member, verdict)
-            raise type(verdict)(f"{member.name}: {verdict}", verdict.sick, verdict.code) from fault
-        self.cluster.mark_well(member)
+    def _judge(
+        self, member: Member, fault: StorageError, login: str, until: float, share_ends: float
+    ) -> StorageError:
+        """What a try that failed says of the member, and whether a log-in helps: the error to
+        raise, which names the member."""
+        verdict = fault
+        if self._login.is_wanted_after(fault):
+            log_in = functools.partial(self._log_in, member, until)
+            verdict = self._login.renew(login, log_in, until)
+        # If the caller's deadline cut the try short, that says nothing about the member.
+        if verdict.sick and (share_ends <= until or time.monotonic() < until):
+            self.cluster.mark_sick(member, verdict)
+        return type(verdict)(f"{member.name}: {verdict}", verdict.sick, verdict.code)
 
     def _log_in(self, member: Member, until: float) -> str:
         link = member.connect(self._tls, until)
         try:
-            token: str = self._exchange(member, link, AUTHENTICATE, self._login.credentials, until)
+            token: str = self._exchange(link, AUTHENTICATE, self._login.credentials, until)
         finally:
             link.close()
         return token
@@ -3005,19 +2999,24 @@ class Session:
 
     def _look_at(self, member: Member, anew: bool) -> None:
         until = deadline_after(self._timeout)
-        with self._judged(member, until, until, until):
+        login = self._login.header
+        try:
             link = self._take_link(member, until, anew)
             try:
                 if link.is_kept:
-                    self._look(member, link, until)
+                    self._look(link, until)
                 if not member.release:
-                    self._check_release(member, link, until)
+                    self._check_release(link, until)
             finally:
                 member.give_back(link, MAX_IDLE if link.is_kept else 1)  # none more for each look
+        except StorageError as fault:
+            raise self._judge(member, fault, login, until, until) from fault
+        self.cluster.mark_well(member)
 
-    def _check_release(self, member: Member, link: Link, until: float) -> None:
+    def _check_release(self, link: Link, until: float) -> None:
         """Warns of releases that may end or renew leases wrongly after a leader was frozen."""
-        member.release = release = self._exchange(member, link, RELEASE, {}, until)
+        member = link.member
+        member.release = release = self._exchange(link, RELEASE, {}, until)
         numbers = [int(number) for number in re.findall("[0-9]{1,6}", release[:40])]
         at_least = GOOD_RELEASES.get(tuple(numbers[:2]), 0)
         if numbers[:2] < [3, 4] or numbers[2:3] < [at_least]:

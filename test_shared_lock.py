@@ -9276,7 +9276,7 @@ def test_pauses_between_failures_grow_to_10_s_and_no_further(
 ) -> None:
     pauses = list[float]()
     # In its own `time` alone: any other thread would go on without a pause, and fill the memory.
-    clock = SimpleNamespace(**{**vars(time), "sleep": pauses.append})
+    clock = types.SimpleNamespace(**{**vars(time), "sleep": pauses.append})
     monkeypatch.setattr(example, "time", clock)
 
     with stand_in(acquire=["500 away"] * 7) as service:
