@@ -585,6 +585,7 @@ def tls_context(
                 context.load_cert_chain(cert, key, password="")  # or OpenSSL asks for one
         if purpose is ssl.Purpose.CLIENT_AUTH:
             context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")  # Mozilla's "intermediate"
+            context.set_ecdh_curve("prime256v1")  # of its curves; before 3.15 there can be but one
             context.options |= ssl.OP_IGNORE_UNEXPECTED_EOF  # or a stop alerts silent callers
             if ca:
                 context.verify_mode = ssl.CERT_REQUIRED
@@ -610,6 +611,8 @@ def read_tokens(config: Config) -> list[bytes]:
 MAX_HEAD_BYTES = 64 << 10  # of a request; its head is the request line and the headers
 MAX_BODY_BYTES = 64 << 10
 MAX_HEADERS = 100
+HEAD_END = b"\r\n\r\n"
+LINE_END = b"\r\n"
 _RECEIVE_BYTES = 16 << 10  # one recv; nearly every message is smaller
 _TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110, 5.6.2
 _HEADER = re.compile(rf"({_TOKEN}):([^\x00-\x08\x0a-\x1f\x7f]*)")
@@ -660,8 +663,11 @@ def chunk_size(line: bytes) -> int:
 def _timeval_format() -> str:
     """Of SO_RCVTIMEO: 64-bit numbers, too, on a 32-bit ARM whose time has 64 bits."""
     with socket.socket() as sock:
-        size = len(sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, 16))
-    return "qq" if size == 16 else "ll"
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 1, 0))
+        except OSError:
+            return "qq"
+    return "ll"
 
 
 class Wire:
@@ -676,45 +682,39 @@ class Wire:
         self.buffer = bytearray()
         self._timeouts = {socket.SO_RCVTIMEO: math.inf, socket.SO_SNDTIMEO: math.inf}  # as set
 
-    def head(self, deadline: float) -> bytes:
-        """The first line and the headers, without the empty line."""
-        return self._until(b"\r\n\r\n", MAX_HEAD_BYTES, "the head", 431, deadline)
-
     def body(self, length: int | None, limit: int, deadline: float) -> bytes:
         """A body of this length; None: in chunks, up to `limit` bytes together."""
         if length is not None:
             return self._exactly(length, deadline)
         parts: list[bytes] = []
-        while size := chunk_size(self._line(deadline)):
+        while size := chunk_size(self.until(LINE_END, deadline)):
             limit -= size
             if limit < 0:
                 raise HttpError("the body in chunks is too large", 413)
             parts.append(self._exactly(size, deadline))
-            if self._exactly(2, deadline) != b"\r\n":
+            if self._exactly(2, deadline) != LINE_END:
                 raise HttpError("a chunk is longer than it said")
         for _ in range(MAX_HEADERS + 1):
-            line = self._line(deadline)
+            line = self.until(LINE_END, deadline)
             if not line:
                 return b"".join(parts)
             parse_headers([line.decode("latin-1")])
         raise HttpError(f"more than {MAX_HEADERS} trailers", 431)
 
-    def _line(self, deadline: float) -> bytes:
-        return self._until(b"\r\n", _RECEIVE_BYTES, "a line between chunks", 400, deadline)
-
-    def _until(self, mark: bytes, limit: int, what: str, status: int, deadline: float) -> bytes:
+    def until(self, mark: bytes, deadline: float) -> bytes:
         """What comes before the mark, which is skipped."""
+        buffer = self.buffer
         searched = 0  # what trickles in is not searched from its start each time
-        while (end := self.buffer.find(mark, searched)) < 0 and len(self.buffer) <= limit:
+        while (end := buffer.find(mark, searched)) < 0 and len(buffer) <= MAX_HEAD_BYTES:
             for bare in (b"\n\n", b"\n\r\n"):
-                if self.buffer.find(bare, searched) >= 0:
+                if buffer.find(bare, searched) >= 0:
                     raise HttpError("a line ends in a line feed without a carriage return")
-            searched = max(0, len(self.buffer) - len(b"\r\n\r"))
+            searched = max(0, len(buffer) - len(b"\r\n\r"))
             self.receive(deadline)
-        if end < 0 or end > limit:
-            raise HttpError(f"{what} is longer than {limit} bytes", status)
-        found = self._exactly(end, deadline)
-        del self.buffer[: len(mark)]
+        if not 0 <= end <= MAX_HEAD_BYTES:
+            raise HttpError(f"a head or a line is longer than {MAX_HEAD_BYTES} bytes", 431)
+        found = bytes(buffer[:end])
+        del buffer[: end + len(mark)]
         return found
 
     def _exactly(self, count: int, deadline: float) -> bytes:
@@ -726,20 +726,28 @@ class Wire:
 
     def receive(self, deadline: float) -> None:
         """Waits for some more bytes."""
-        data = self._call(self.sock.recv, _RECEIVE_BYTES, socket.SO_RCVTIMEO, deadline)
+        self._heed(deadline, socket.SO_RCVTIMEO)
+        try:
+            data = self.sock.recv(_RECEIVE_BYTES)
+        except BlockingIOError as fault:  # how the option says it
+            raise TimeoutError("timed out") from fault
         if not data:
             raise EOFError("the connection was closed")
         self.buffer += data
 
     def send(self, data: bytes, deadline: float) -> None:
         """Sends all of it."""
-        while data:
-            sent = self._call(self.sock.send, data, socket.SO_SNDTIMEO, deadline)
-            data = data[sent:]
+        rest = memoryview(data)  # a slice of it is no copy
+        while rest:
+            self._heed(deadline, socket.SO_SNDTIMEO)
+            try:
+                rest = rest[self.sock.send(rest) :]
+            except BlockingIOError as fault:
+                raise TimeoutError("timed out") from fault
 
-    def _call(self, call: Callable[[Any], Any], argument: Any, option: int, deadline: float) -> Any:
-        """One recv or send. The option ends it at the deadline, since settimeout() adds a poll()
-        to each; TLS heeds nothing else."""
+    def _heed(self, deadline: float, option: int) -> None:
+        """Makes the next recv or send end at the deadline: by the option, since settimeout() adds a
+        poll() to each; TLS heeds nothing else."""
         left = deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError("timed out")
@@ -751,10 +759,6 @@ class Wire:
             timeval = struct.pack(_timeval_format(), *divmod(micros, 10**6))
             self.sock.setsockopt(socket.SOL_SOCKET, option, timeval)
             self._timeouts[option] = left
-        try:
-            return call(argument)
-        except BlockingIOError as fault:  # how the option says it
-            raise TimeoutError("timed out") from fault
 
 
 # == Messages: bytes become a Request, a Response becomes bytes ==================================
@@ -972,7 +976,7 @@ class Connection(socketserver.BaseRequestHandler):
         if self.wire.buffer[0] == _TLS_HANDSHAKE and not self.server.tls:
             log.tally(WARNING, "TLS to the port of http", client=self.client)
             raise HttpError("this port speaks plain HTTP: use http://")
-        data = self.wire.head(deadline)
+        data = self.wire.until(HEAD_END, deadline)
         head: Head = recall(parse_head, data)
         self.head = head
         trusted = self.server.admit(head, self.client)
@@ -1128,6 +1132,7 @@ def listen(host: str, port: int) -> socket.socket:
 # == API: what a Request asks for, and its answer ================================================
 
 MAX_WAIT_SECONDS = 60  # of x-lease-wait
+MAX_LIST_BYTES = 256 << 10  # of a page; control characters are six times as long in JSON
 MAX_DEPTH = 100  # of a JSON body: CPython keeps up to 8 MiB of stack for a deeper one
 PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
 LEASE_LIVES_ON = "its lease holds keys of others and lives on: the holder is not told"
@@ -1292,13 +1297,16 @@ class Api:
         if after is not None and not after.startswith(prefix):
             raise HttpError(f"after: not behind the prefix {quote(prefix)}: {quote(after)}")
         locks, more = self.service.storage.list_locks(prefix, after or "")
-        lines = [
-            _json_line(key=key, value=holder.value, fencing_token=holder.token)
-            for key, holder in locks
-        ]
+        body = bytearray()
+        for key, holder in locks:
+            line = _json_line(key=key, value=holder.value, fencing_token=holder.token)
+            if body and len(body) + len(line) > MAX_LIST_BYTES:
+                more = True
+                break
+            body += line
         if more:
-            lines.append(_json_line(more=True))
-        return Response(200, b"".join(lines), "application/x-ndjson")
+            body += _json_line(more=True)
+        return Response(200, bytes(body), "application/x-ndjson")
 
     def ready(self, request: Request) -> Response:
         """GET /ready"""
@@ -1467,18 +1475,18 @@ class LockService:
     def acquire(self, wanted: LockRequest) -> Grant | None:
         """Takes the lock; None while somebody else holds it, and the caller waits no longer.
         Raises StorageError, HttpError, or EOFError (the caller has gone)."""
+        shown = {"client": wanted.client, "key": wanted.key}
         if wanted.wait and not self._stopping.is_set() and not self._has_it(wanted):
             grant, took = self._wait_in_line(wanted)
         else:
-            grant, took = self._ask_timed(wanted)
+            grant, took = self._ask("get", self.storage.acquire, wanted, **shown)
         if not grant:
-            event(DEBUG, "refused", key=wanted.key, client=wanted.client)
+            event(DEBUG, "refused", **shown)
             self._metrics.observe_grant("accepted", took)
             return None
         try:
-            shown = {"lease": grant.lease, "ttl": grant.ttl, "token": grant.token}
-            value = wanted.value
-            event(INFO, "granted", client=wanted.client, key=wanted.key, **shown, value=value)
+            told = {"lease": grant.lease, "ttl": grant.ttl, "token": grant.token}
+            event(INFO, "granted", **shown, **told, value=wanted.value)
             self._metrics.observe_grant("created", took)
             if wanted.wait and wanted.hung_up():
                 raise EOFError("the caller hung up")
@@ -1490,8 +1498,7 @@ class LockService:
     def renew(self, lease: int, client: str) -> int:
         """Starts the lease's ttl again and returns it; 0 where etcd knows that it is gone. Raises
         StorageError."""
-        with self._failures_told("prolong", lease=lease, client=client):
-            ttl = self.storage.renew(lease)
+        ttl, _ = self._ask("prolong", self.storage.renew, lease, lease=lease, client=client)
         self._metrics.count("prolong success" if ttl else "prolong failure")
         if not ttl:
             event(INFO, "lease is gone", lease=lease, client=client)
@@ -1500,8 +1507,7 @@ class LockService:
     def release(self, lease: int, client: str) -> bool:
         """Ends the lease, which frees its key at once; False where there is nothing of ours.
         Raises StorageError."""
-        with self._failures_told("release", lease=lease, client=client):
-            keys = self.storage.release(lease)
+        keys, _ = self._ask("release", self.storage.release, lease, lease=lease, client=client)
         self._metrics.count("release success" if keys else "release failure")
         for key in keys:
             event(INFO, "released", key=key, lease=lease, client=client)
@@ -1509,8 +1515,7 @@ class LockService:
 
     def free(self, key: str, token: int, client: str) -> Freed:
         """Ends the holder with this fencing token, for an operator. Raises StorageError."""
-        with self._failures_told("release", key=key, client=client):
-            freed = self.storage.free(key, token)
+        freed, _ = self._ask("release", self.storage.free, key, token, key=key, client=client)
         done = freed in (Freed.FREED, Freed.LEASE_LIVES)
         self._metrics.count("release success" if done else "release failure")
         event(INFO, "freed", key=key, token=token, outcome=freed.name.lower(), client=client)
@@ -1537,24 +1542,21 @@ class LockService:
         must not stand behind those that wait for it."""
         if not wanted.lease or wanted.key not in self._lines:
             return False
-        with self._failures_told("get", key=wanted.key, client=wanted.client):
-            holder = self.storage.look(wanted.key)
+        shown = {"client": wanted.client, "key": wanted.key}
+        holder, _ = self._ask("get", self.storage.look, wanted.key, **shown)
         return holder is not None and holder.lease == wanted.lease
 
-    def _ask_timed(self, wanted: LockRequest) -> Timed:
+    def _ask(
+        self, operation: str, ask: Callable[..., Answer], *items: object, **shown: object
+    ) -> tuple[Answer, float]:
+        """What the storage answers, and within how many seconds; its failure is counted and
+        logged."""
         started = time.monotonic()
-        with self._failures_told("get", key=wanted.key, client=wanted.client):
-            grant = self.storage.acquire(wanted)
-        return grant, time.monotonic() - started
-
-    @contextlib.contextmanager
-    def _failures_told(self, operation: str, **asked: object) -> Iterator[None]:
-        """Counts and logs a failure of the storage."""
         try:
-            yield
+            return ask(*items), time.monotonic() - started
         except StorageError as fault:
             self._metrics.count(f"{operation} error")
-            event(WARNING, "storage failed", operation=operation, reason=fault, **asked)
+            event(WARNING, "storage failed", operation=operation, reason=fault, **shown)
             raise
 
     def _wait_in_line(self, wanted: LockRequest) -> Timed:
@@ -1586,7 +1588,8 @@ class LockService:
                 raise EOFError("the caller hung up")
             is_first = line[0] is turn
             if is_first:
-                grant, took = self._ask_timed(wanted)
+                shown = {"client": wanted.client, "key": wanted.key}
+                grant, took = self._ask("get", self.storage.acquire, wanted, **shown)
             left = deadline - time.monotonic()
             if grant or left <= 0:
                 break
@@ -2235,7 +2238,7 @@ class Call(NamedTuple):
     line: str  # method and path
     read: Callable[[Any], Any]
     writes: bool = False
-    doubtful: Callable[[Any], bool] = lambda found: False  # see Session.post
+    doubtful: Callable[[Any], bool] | None = None  # see Session.post
     max_bytes: int = MAX_ANSWER_BYTES
 
 
@@ -2497,14 +2500,9 @@ class Link:
         self.is_open = True
         self.is_kept = False  # it was idle before it was asked
         self.idle_since = math.inf  # time.monotonic
+        self.poll = select.poll()  # tells that it was closed, or that something was said unasked
+        self.poll.register(sock, select.POLLIN)
         self._wire = Wire(sock)
-        self._poll = select.poll()
-        self._poll.register(sock, select.POLLIN)
-
-    def is_stale(self) -> bool:
-        """Whether the member has closed it, or said something that nobody asked for. Not looked at
-        where it was in use a moment ago: each system call lets 150 threads fight for Python."""
-        return time.monotonic() > self.idle_since + IDLE_SECONDS and bool(self._poll.poll(0))
 
     def close(self) -> None:
         self.is_open = False
@@ -2517,7 +2515,7 @@ class Link:
         request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
         try:
             wire.send(request, deadline)
-            data = wire.head(deadline)
+            data = wire.until(HEAD_END, deadline)
             status, headers = recall(parse_answer_head, data)
             text = wire.body(body_length(headers, max_bytes), max_bytes, deadline).decode()
         except (OSError, EOFError, HttpError, ValueError) as fault:
@@ -2580,7 +2578,8 @@ class Member:
             except IndexError:
                 return None
             link.is_kept = True
-            if not link.is_stale():
+            # Each system call lets 150 threads fight for Python: none just after the last use.
+            if time.monotonic() < link.idle_since + IDLE_SECONDS or not link.poll.poll(0):
                 return link
             link.close()
 
@@ -2876,7 +2875,7 @@ class Session:
                 if call is GRANT:
                     self.cluster.bind(link.cluster)
                 found = self._exchange(link, call, json, until)
-                if call.doubtful(found):
+                if call.doubtful and call.doubtful(found):
                     self.cluster.require_one(until)  # of two, only one knows the lease
                     self._look(link, until)
                     found = self._exchange(link, call, json, until)
@@ -3156,9 +3155,9 @@ class Metrics:
 
     def observe_grant(self, status: str, seconds: float) -> None:
         """A POST /lease that the storage answered within so many seconds."""
-        self.count(f"get {status}")
         bucket = _BUCKETS[bisect.bisect_left(GRANT_BOUNDS, seconds)]  # each counts by itself
         with self._mutex:
+            self._numbers[f"get {status}"] += 1
             self._numbers[bucket] += 1
             self._numbers[_SUM] += seconds
 

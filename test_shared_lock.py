@@ -2982,6 +2982,20 @@ def test_tls_offers_the_suites_of_mozillas_intermediate_and_no_others(
 
 
 @pytest.mark.parametrize(
+    "curve, is_taken", [("prime256v1", True), ("secp521r1", False), ("X448", False)]
+)
+def test_tls_takes_only_curves_of_mozillas_intermediate(
+    start_tls: Start, curve: str, is_taken: bool
+) -> None:
+    daemon = start_tls()
+    assert daemon.tls
+    daemon.tls.set_ecdh_curve(curve)
+
+    with contextlib.nullcontext() if is_taken else pytest.raises(ssl.SSLError):
+        assert talk(daemon, HEALTH).status == 200
+
+
+@pytest.mark.parametrize(
     "data", [HEALTH, post(b'{"key": "k"}'), post(b"x" * 60_000), b"GET", b"nonsense\r\n"], ids=len
 )
 @pytest.mark.parametrize("client_ca", ["", "ca.crt"])
@@ -4302,6 +4316,27 @@ def test_a_list_of_large_values_comes_whole_in_smaller_pages(
     assert [line["key"] for line in lines] == names
     assert all(line["value"] == line["key"] * (size // 5) for line in lines)
     assert healthy(daemon)
+
+
+def test_a_page_is_small_in_json_too_where_each_character_takes_six(
+    daemon: Daemon, key: str
+) -> None:
+    names = [f"{key}-{number}" for number in range(10)]
+    for name in names:
+        assert daemon.acquire(name, value="\x01" * 10_000).status == 201
+
+    found = list[str]()
+    while len(found) < len(names):
+        after = f"&after={found[-1]}" if found else ""
+        page = daemon.request("GET", f"/lease?prefix={key}-{after}").text
+        lines = [json.loads(line) for line in page.splitlines()]
+        assert len(page) < 256 << 10
+        locks = [line for line in lines if "key" in line]
+        assert all(lock["value"] == "\x01" * 10_000 for lock in locks)
+        found += [lock["key"] for lock in locks]
+        assert (lines[-1] == {"more": True}) == (len(found) < len(names))
+
+    assert found == names
 
 
 def test_large_values_among_small_ones_lose_no_lock(own_etcd: Etcd, start: Start) -> None:
