@@ -848,7 +848,8 @@ def parse_head(data: bytes) -> Head:
 @functools.lru_cache(maxsize=64)  # all answers with one status have this in common for a second
 def _first_lines(status: int, second: int) -> str:
     date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(second))
-    return f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\nDate: {date}\r\n"
+    first = f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\n"
+    return f"{first}Date: {date}\r\nCache-Control: no-store\r\n"
 
 
 def render(response: Response, head: Head, keep_alive: bool) -> bytes:
@@ -859,8 +860,6 @@ def render(response: Response, head: Head, keep_alive: bool) -> bytes:
         text += f"Content-Length: {len(response.body)}\r\n"
     for name, value in response.headers:
         text += f"{name}: {value}\r\n"
-    if head.method in ("GET", "HEAD"):
-        text += "Cache-Control: no-store\r\n"
     if not keep_alive:
         text += "Connection: close\r\n"
     elif head.version == "HTTP/1.0":
@@ -1922,11 +1921,11 @@ class EtcdStorage(Storage):
             return None
         try:
             lease, ttl = self._grant(operation, wanted)
+            return self._claim(operation, wanted, Grant(lease, ttl, 0))
         except Refused:  # by an etcd that is full, perhaps
             if wanted.lease or was_asked or not operation.read(self._held.ask, wanted.key):
                 raise
             return None
-        return self._claim(operation, wanted, Grant(lease, ttl, 0))
 
     def _grant(self, operation: Operation, wanted: LockRequest) -> tuple[int, int]:
         """The lease to claim with, and its granted ttl."""
@@ -1960,7 +1959,7 @@ class EtcdStorage(Storage):
                 token = self._find_token(operation, wanted.key, lease)
         except BaseException as fault:
             ended = self._end_lease(operation, wanted, lease, grant.ttl)
-            if ended and isinstance(fault, StorageError):  # without its lease there is no lock
+            if ended and isinstance(fault, OutcomeUnknown):  # without its lease there is no lock
                 raise NotApplied(str(fault)) from fault
             raise
         if token:

@@ -5488,6 +5488,28 @@ def test_where_no_try_of_ours_can_have_made_a_lease_that_exists_another_id_is_dr
     assert 0 < second < 2**53
 
 
+@pytest.mark.parametrize("count, outcome", [("1", "held"), ("0", "refused")])
+def test_a_claim_too_large_for_what_etcd_has_left_is_a_refusal_where_the_key_is_held(
+    count: str, outcome: str
+) -> None:
+    answers = {
+        "/lease/grant": {"ID": "5", "TTL": "60"},  # small enough
+        "/kv/txn": shared_lock.Refused("mvcc: database space exceeded", code=8),
+        "/lease/revoke": {"header": {}},
+        "/kv/range": {"header": {}, "count": count},
+    }
+    client = Scripted(answers)
+    storage = shared_lock.EtcdStorage(gateway_on(client), timeout=5)
+
+    if outcome == "held":
+        assert storage.acquire(shared_lock.LockRequest("k")) is None
+    else:
+        with pytest.raises(shared_lock.NotApplied, match="space exceeded"):
+            storage.acquire(shared_lock.LockRequest("k"))
+
+    assert client.of("/lease/revoke") == [{"ID": client.of("/lease/grant")[0]["ID"]}]
+
+
 def test_a_revoke_that_is_refused_for_another_reason_than_a_lease_that_is_gone_is_an_error() -> (
     None
 ):
