@@ -686,18 +686,17 @@ class Wire:
         """A body of this length; None: in chunks, up to `limit` bytes together."""
         if length is not None:
             return self._exactly(length, deadline)
-        parts: list[bytes] = []
+        body = bytearray()  # not a list of chunks: one of a byte takes fifty
         while size := chunk_size(self.until(LINE_END, deadline)):
-            limit -= size
-            if limit < 0:
+            if len(body) + size > limit:
                 raise HttpError("the body in chunks is too large", 413)
-            parts.append(self._exactly(size, deadline))
+            body += self._exactly(size, deadline)
             if self._exactly(2, deadline) != LINE_END:
                 raise HttpError("a chunk is longer than it said")
         for _ in range(MAX_HEADERS + 1):
             line = self.until(LINE_END, deadline)
             if not line:
-                return b"".join(parts)
+                return bytes(body)
             parse_headers([line.decode("latin-1")])
         raise HttpError(f"more than {MAX_HEADERS} trailers", 431)
 
@@ -2486,7 +2485,8 @@ def classify(status: int, text: str) -> StorageError:
 # == Member: one question, one answer ============================================================
 
 MAX_IDLE = 256  # connections kept open to one member
-IDLE_SECONDS = 0.1  # one that was in use within it has most likely not ended since
+MAX_IDLE_SECONDS = 60  # an idle one is closed after it
+FRESH_SECONDS = 0.1  # one that was in use within it has most likely not ended since
 PAUSE_SECONDS = 0.1  # between two tries of one member that failed
 
 
@@ -2578,7 +2578,7 @@ class Member:
                 return None
             link.is_kept = True
             # Each system call lets 150 threads fight for Python: none just after the last use.
-            if time.monotonic() < link.idle_since + IDLE_SECONDS or not link.poll.poll(0):
+            if time.monotonic() < link.idle_since + FRESH_SECONDS or not link.poll.poll(0):
                 return link
             link.close()
 
@@ -2590,11 +2590,11 @@ class Member:
         else:
             link.close()
 
-    def hang_up(self) -> None:
-        """Closes all kept connections."""
-        while self._idle:
-            with contextlib.suppress(IndexError):
-                self._idle.pop().close()
+    def hang_up(self, unused_since: float = math.inf) -> None:
+        """Closes the kept connections that were not used since then; by default all."""
+        with contextlib.suppress(IndexError):  # none is left
+            while self._idle[0].idle_since < unused_since:
+                self._idle.pop(0).close()
 
     def connect(self, tls: Renewed[ssl.SSLContext] | None, deadline: float) -> Link:
         """A new connection. Raises NotApplied."""
@@ -2985,6 +2985,7 @@ class Session:
             member.hang_up()
             return False
         now = time.monotonic()
+        member.hang_up(now - MAX_IDLE_SECONDS)
         anew = bool(self.cluster.conflict) or now >= member.look_anew_at
         if anew:
             member.look_anew_at = now + NEW_LOOK_SECONDS

@@ -2190,6 +2190,22 @@ def test_deep_bodies_take_no_memory_while_their_connections_live(start: Start) -
     assert client.answer().status == 200
 
 
+def test_a_body_in_chunks_of_a_byte_takes_no_more_memory_than_a_whole_one(start: Start) -> None:
+    daemon = start("mock")
+    clients = [Talk(daemon, HEALTH) for _ in range(60)]
+    assert {client.answer().status for client in clients} == {200}
+    before = resident_mib(daemon.process.pid)
+
+    for client in clients:
+        client.say(b"POST /lease HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+        client.say(b"2\r\nxx\r\n" * 32_000)
+    for client in clients:
+        client.say(b"0\r\n\r\n")
+
+    assert {client.answer().status for client in clients} == {400}
+    assert resident_mib(daemon.process.pid, "VmHWM") < before + MEMORY_LEFT_MIB
+
+
 @pytest.mark.parametrize("kind", ["served", "refused by a header", "a long path", "a long method"])
 def test_long_heads_leave_no_memory_behind(start: Start, kind: str) -> None:
     daemon = start("mock")
@@ -6258,6 +6274,15 @@ def test_a_storm_of_failures_is_counted_and_names_the_endpoint_and_the_reason_on
     assert f'member={nobody} reason="connection refused"' in daemon.log()
 
 
+def test_a_member_that_has_failed_is_tried_again_after_a_pause(start: Start, key: str) -> None:
+    daemon = start(f"http://127.0.0.1:{free_port()}", ETCD_TIMEOUT="2s")
+
+    assert daemon.acquire(key).status == 500
+
+    [errors] = metrics(daemon)[MEMBER_ERRORS].values()
+    assert 5 < errors < 50  # ten tries a second, and the looks
+
+
 def test_a_slow_etcd_is_not_a_sick_one(cluster: Cluster, start: Start, key: str) -> None:
     with contextlib.ExitStack() as stack:
         slow = [stack.enter_context(contextlib.closing(Proxy(m))) for m in cluster.members]
@@ -6735,6 +6760,58 @@ def test_a_minute_after_another_cluster_was_seen_last_locks_are_granted_again(
 
     assert time.monotonic() - mended > 50
     assert daemon.acquire(f"{key}-after").status == 201
+
+
+class Met:
+    """A cluster of members that nobody looks after, and the looks that a test gives it."""
+
+    def __init__(self) -> None:
+        self.cluster = shared_lock.Cluster((), shared_lock.Metrics())
+        address = shared_lock.Address("127.0.0.1", 1)
+        self.member = shared_lock.Member(address, "127.0.0.1", "m")
+
+    def look(self, cluster_id: str, revision: int = 1, at_least: int = 0, new: bool = True) -> None:
+        self.cluster.note_look(self.member, cluster_id, revision, at_least, new)
+
+
+def test_a_grant_that_was_on_its_way_when_another_cluster_was_met_is_refused() -> None:
+    met = Met()
+    met.look("1")
+    met.cluster.bind("1")
+    met.cluster.bind("1")
+
+    with pytest.raises(shared_lock.ForeignCluster):
+        met.look("2")
+
+    with pytest.raises(shared_lock.Refused, match="two clusters of etcd: m is of cluster 1, m is"):
+        met.cluster.bind("1")
+
+
+def test_of_two_first_grants_in_two_clusters_only_one_is_made() -> None:
+    met = Met()
+    met.cluster.bind("1")  # the other has looked at its connection before
+
+    with pytest.raises(shared_lock.ForeignCluster):
+        met.cluster.bind("2")
+    met.cluster.bind("1")
+
+
+def test_kept_connections_that_nobody_uses_any_more_are_closed() -> None:
+    member = Met().member
+    pairs = [socket.socketpair() for _ in range(3)]
+    links = [shared_lock.Link(near, member) for near, _ in pairs]
+    for number, link in enumerate(links):
+        member.give_back(link)
+        link.idle_since = number
+
+    member.hang_up(unused_since=2)
+
+    assert [link.is_open for link in links] == [False, False, True]
+    assert member.take_idle() is links[2]
+    assert member.take_idle() is None
+    for near, far in pairs:
+        near.close()
+        far.close()
 
 
 # == Names: several addresses, and name servers that say something else, or nothing ==============
@@ -10916,9 +10993,10 @@ def cpu_seconds(process: subprocess.Popen[bytes] | None) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def resident_mib(pid: int) -> float:
+def resident_mib(pid: int, kind: str = "VmRSS") -> float:
+    """What the process has in memory now, or (VmHWM) had at most."""
     status = Path(f"/proc/{pid}/status").read_text()
-    return int(re.findall(r"VmRSS:\s+([0-9]+)", status)[0]) / 1024
+    return int(re.findall(rf"{kind}:\s+([0-9]+)", status)[0]) / 1024
 
 
 def run_wrk(load: Load, connections: int, seconds: int) -> str:
