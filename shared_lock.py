@@ -613,6 +613,7 @@ MAX_BODY_BYTES = 64 << 10
 MAX_HEADERS = 100
 HEAD_END = b"\r\n\r\n"
 LINE_END = b"\r\n"
+TOO_LONG = {HEAD_END: ("the head", 431), LINE_END: ("a line between chunks", 400)}
 _RECEIVE_BYTES = 16 << 10  # one recv; nearly every message is smaller
 _TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110, 5.6.2
 _HEADER = re.compile(rf"({_TOKEN}):([^\x00-\x08\x0a-\x1f\x7f]*)")
@@ -711,7 +712,8 @@ class Wire:
             searched = max(0, len(buffer) - len(b"\r\n\r"))
             self.receive(deadline)
         if not 0 <= end <= MAX_HEAD_BYTES:
-            raise HttpError(f"a head or a line is longer than {MAX_HEAD_BYTES} bytes", 431)
+            what, status = TOO_LONG[mark]
+            raise HttpError(f"{what} is longer than {MAX_HEAD_BYTES} bytes", status)
         found = bytes(buffer[:end])
         del buffer[: end + len(mark)]
         return found
@@ -2732,7 +2734,7 @@ class Cluster:
                 met.revision = revision if has_fallen else max(met.revision, revision)
                 member.behind_since = math.inf
             else:
-                member.behind_since = min(member.behind_since, now)
+                member.behind_since = now
         if has_fallen:
             text = "etcd went back: fencing tokens repeat"
             event(ERROR, text, member=member.name, revision=revision, before=at_least)
