@@ -2782,11 +2782,10 @@ class Cluster:
     def mark_sick(self, member: Member, fault: StorageError) -> None:
         """It has failed, and becomes the last that is asked."""
         member.hang_up()
+        # Another cluster is told as such.
+        is_expected = isinstance(fault, ForeignCluster) or self._is_spare(member)
         with self._mutex:
-            is_news = not member.was_told
-            is_news = (
-                is_news and not isinstance(fault, ForeignCluster) and not self._is_spare(member)
-            )
+            is_news = not is_expected and not member.was_told
             member.was_told = member.was_told or is_news
             member.errors += 1
             member.fault = str(fault)

@@ -6872,6 +6872,19 @@ def test_our_own_cluster_is_never_forgotten(jump: Callable[[float], None]) -> No
         met.cluster.bind("1")
 
 
+def test_the_kept_connections_of_a_member_that_fails_are_closed() -> None:
+    met = Met()
+    near, far = socket.socketpair()
+    link = shared_lock.Link(near, met.member)
+    met.member.give_back(link)
+
+    met.cluster.mark_sick(met.member, shared_lock.StorageError("away"))
+
+    assert not link.is_open
+    assert met.member.take_idle() is None
+    far.close()
+
+
 def test_what_a_write_was_answered_counts_for_the_next_look() -> None:
     met = Met()
     met.look("1", revision=5)
