@@ -6885,6 +6885,24 @@ def test_the_kept_connections_of_a_member_that_fails_are_closed() -> None:
     far.close()
 
 
+def test_that_etcd_listens_on_one_of_the_two_addresses_of_localhost_is_no_news() -> None:
+    metrics = shared_lock.Metrics()
+    cluster = shared_lock.Cluster((), metrics)
+    both = cluster.update(shared_lock.Address("localhost", 2379), {"::1", "127.0.0.1"})
+    [spare] = [member for member in both if member.host == "::1"]
+
+    cluster.mark_sick(spare, shared_lock.StorageError("connection refused"))
+
+    assert not spare.was_told
+    assert "http://127.0.0.1:2379" in metrics.render()
+    assert "::1" not in metrics.render()
+
+    cluster.mark_well(spare)
+    cluster.mark_sick(spare, shared_lock.StorageError("connection refused"))
+    assert spare.was_told
+    assert "http://[::1]:2379" in metrics.render()
+
+
 def test_what_a_write_was_answered_counts_for_the_next_look() -> None:
     met = Met()
     met.look("1", revision=5)
