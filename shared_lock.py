@@ -535,7 +535,7 @@ class Renewed(Generic[Item]):
         self._read = read
         self._paths = paths
         self._again_at = math.inf  # after a failure, when to try again
-        self._mutex = threading.Lock()  # owns all but the two above it
+        self._mutex = threading.Lock()  # owns all but _read and _paths
         self._seen = self._look()  # before the files are read: a change in between is seen later
         self._current = read()
 
@@ -878,6 +878,7 @@ def render(response: Response, head: Head, keep_alive: bool) -> bytes:
 SILENT_SECONDS = 0.5  # how long a stop waits for requests on their way on kept connections
 REFUSAL_SECONDS = 1  # how long the rest of a refused request is read, so that its answer arrives
 BACKLOG = 1024  # connections that the kernel holds until they are accepted
+SOCKET_BYTES = 128 << 10  # else the kernel keeps up to 4 MiB for each caller that does not read
 OPEN_PATHS = ("/health", "/ready")  # for probes, which have no token
 _TLS_HANDSHAKE = 0x16  # the first byte of every TLS connection, and of no HTTP
 _HUNG_UP = getattr(select, "POLLRDHUP", select.POLLHUP)  # POLLRDHUP is Linux's
@@ -1041,6 +1042,8 @@ class Server(http.server.ThreadingHTTPServer):
             if not self._tokens.get():
                 raise ConfigError(f"{variable('server_token_path')}: holds no token: {quote(path)}")
         listener = listen(config.server_host, config.server_port)
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):  # of each connection
+            listener.setsockopt(socket.SOL_SOCKET, option, SOCKET_BYTES)
         # TCPServer's own __init__ would make a socket for one family, and HTTPServer's look up
         # our name in the DNS.
         socketserver.BaseServer.__init__(self, listener.getsockname(), Connection)
@@ -1493,8 +1496,7 @@ class LockService:
             self._metrics.observe_grant("accepted", took)
             return None
         try:
-            told = {"lease": grant.lease, "ttl": grant.ttl, "token": grant.token}
-            event(INFO, "granted", **shown, **told, value=wanted.value)
+            event(INFO, "granted", **shown, **grant._asdict(), value=wanted.value)
             self._metrics.observe_grant("created", took)
             if wanted.wait and wanted.hung_up():
                 raise EOFError("the caller hung up")
@@ -1586,7 +1588,7 @@ class LockService:
     def _ask_in_turn(self, wanted: LockRequest, line: Line, turn: threading.Event) -> Timed:
         """Asks as the first in line, at once, after random pauses, and once more when the wait
         ends. Random, since the lines of two replicas would otherwise keep step, and one of them
-        always be late. Who waits holds no lease and writes nothing; a release wakes nobody."""
+        always be late. Who waits holds no lease; a release wakes nobody."""
         grant = None
         took = 0.0
         # A second early: a proxy that cuts at 60 s would otherwise cut the answer.
@@ -1942,19 +1944,27 @@ class EtcdStorage(Storage):
             lease = wanted.lease or new_lease_id()
             try:
                 ttl = operation.ask(self._gateway.grant, (lease, wanted.ttl))
+                if not ttl and (wanted.lease or operation.doubt):
+                    ttl = self._use_again(operation, wanted, lease)
             except OutcomeUnknown as fault:  # at worst there is a lease without a key
                 self._end_lease(operation, wanted, lease, wanted.ttl)
                 raise NotApplied(str(fault)) from fault
-            if not ttl and (wanted.lease or operation.doubt):  # it exists by an earlier try
-                found = operation.read(self._gateway.time_to_live, lease)
-                name = (KEY_PREFIX + wanted.key).encode()
-                if found and found.keys not in ([], [name]):
-                    raise lease_in_use(lease)
-                ttl = operation.ask(self._renewals.ask, lease) if found else 0
-                if not ttl:
-                    raise NotApplied("the lease ended before it was used")
             if ttl:
                 return lease, ttl
+
+    def _use_again(self, operation: Operation, wanted: LockRequest, lease: int) -> int:
+        """The ttl of the lease, which exists by an earlier try."""
+        name = (KEY_PREFIX + wanted.key).encode()
+        try:
+            found = operation.read(self._gateway.time_to_live, lease)
+            if found and found.keys not in ([], [name]):
+                raise lease_in_use(lease)
+            ttl = operation.ask(self._renewals.ask, lease) if found else 0
+        except StorageError as fault:
+            raise OutcomeUnknown(str(fault)) from fault
+        if not ttl:
+            raise NotApplied("the lease ended before it was used")
+        return ttl
 
     def _claim(self, operation: Operation, wanted: LockRequest, grant: Grant) -> Grant | None:
         """Takes the key with a lease that was granted, or ends the lease.
@@ -2382,8 +2392,8 @@ class Gateway:
             put = {"key": key, "value": to_base64(claim.value), "lease": claim.lease}
             txns.append({"compare": [nobody_holds_it], "success": [{"request_put": put}]})
         answers = self._transact(CLAIM, "txn", txns, deadline)
-        tokens = {id(one): token for one, token in zip(distinct.values(), answers, strict=True)}
-        return [tokens.get(id(claim), 0) for claim in claims]
+        tokens = dict(zip(distinct, answers, strict=True))
+        return [tokens.pop(claim.key, 0) for claim in claims]
 
     def keep_alive(self, leases: list[int], deadline: float) -> list[int | StorageError]:
         """The renewed ttl of each lease, 0 where it is gone. Answers are matched by ID, since some
@@ -2452,15 +2462,17 @@ def to_body(payload: Any) -> bytes:
 
 def parse_answer(status: int, text: str, is_stream: bool = False) -> Any:
     """etcd's answer; of a stream, the list of its lines. Raises StorageError."""
-    lines = text.strip().replace("\n", ",") if is_stream else text
+    lines = text.strip().split("\n") if is_stream else [text]
     answers = []
     if status == 200:
         with contextlib.suppress(ValueError, RecursionError):
-            answers = json.loads(f"[{lines}]")
-    for answer in answers:  # etcd leaves out neither of these, and a line of many may be an error
+            answers = json.loads(f"[{','.join(lines)}]")
+    for line, answer in zip(
+        lines, answers, strict=False
+    ):  # etcd leaves out neither of these, and a line of many may be an error
         is_dict = isinstance(answer, dict)
         if not is_dict or not {"header", "result", "etcdserver"} & answer.keys():
-            raise classify(status, text.partition("\n")[0])
+            raise classify(status, line)
     if not answers:
         raise classify(status, text)
     return answers if is_stream else answers[0]
@@ -2522,16 +2534,15 @@ class Link:
         StorageError."""
         wire = self._wire
         request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+        self.is_open = False  # to others, before its answer is read whole
         try:
             wire.send(request, deadline)
             data = wire.until(HEAD_END, deadline)
             status, headers = recall(parse_answer_head, data)
             text = wire.body(body_length(headers, max_bytes), max_bytes, deadline).decode()
         except (OSError, EOFError, HttpError, ValueError) as fault:
-            self.close()
             raise self._broken(fault) from fault
-        if status != 200 or wire.buffer or "connection" in headers:
-            self.close()
+        self.is_open = status == 200 and not wire.buffer and "connection" not in headers
         if status == http.HTTPStatus.REQUEST_TIMEOUT and self.is_kept:  # before it was asked
             raise OutcomeUnknown("it gave up the idle connection", sick=False)
         return status, text
@@ -2570,7 +2581,8 @@ class Member:
         self.errors = 0
         self.was_well = False  # it has answered once
         self.was_told = False  # its failure is in the log
-        self.looked_at = False  # its first looks are over
+        self.looked_at = False  # at least once, or in vain
+        self.is_new = True  # its first looks are not over
         self.look_anew_at = -math.inf  # over a new connection
         self.behind_since = math.inf  # it answers with a lower revision than before
         self._idle: list[Link] = []  # append and pop are atomic; the latest used goes first
@@ -2672,13 +2684,14 @@ class Cluster:
         self.members: tuple[Member, ...] = ()  # replaced, never changed
         self.conflict = ""  # while two clusters are known: what to say, and do, about it
         self.first_looks_end = math.inf  # grants wait for the first looks, but not longer
-        self._mutex = threading.Lock()  # owns all here, and the health of the members
+        self._mutex = threading.Lock()  # owns all between here and the sources, and members' health
         self._meetings: dict[str, Meeting] = {}  # by the ID of the cluster
         self._unresolved = set(endpoints)
         metrics.sources.append(self._samples)
 
     def require_one(self, deadline: float) -> None:
-        """Returns if all members were looked at, and only one cluster is known. Raises Refused."""
+        """Waits for the first looks, but no longer than first_looks_end. Raises Refused while two
+        clusters are known."""
         while time.monotonic() < min(deadline, self.first_looks_end):
             if not self._unresolved and all(member.looked_at for member in self.members):
                 self.first_looks_end = -math.inf
@@ -2688,7 +2701,8 @@ class Cluster:
             raise Refused(self.conflict)
 
     def bind(self, cluster_id: str) -> None:
-        """Before a grant in this cluster: from now on it is ours. Raises Refused."""
+        """Before a grant in this cluster: from now on it is ours. Raises Refused, or
+        ForeignCluster."""
         if self.id == cluster_id and not self.conflict:
             return
         with self._mutex:
@@ -2699,7 +2713,7 @@ class Cluster:
                 raise ForeignCluster("it is of another cluster")
 
     def pick(self, deadline: float) -> Member:
-        """The first member. If that has just failed, all have: then after a pause. Raises
+        """The first member, which is sick only if all are: then after a pause. Raises
         NotApplied."""
         while True:
             now = time.monotonic()
@@ -2731,6 +2745,7 @@ class Cluster:
             met.member = member.name
             met.at = now
             met.missed = 0
+            at_least = min(at_least, met.revision)  # it has been told that it went back
             if is_new:
                 self._miss_others(met)
             self._note_conflict()
@@ -2742,7 +2757,7 @@ class Cluster:
                 met.revision = revision if has_fallen else max(met.revision, revision)
                 member.behind_since = math.inf
             else:
-                member.behind_since = now
+                member.behind_since = min(member.behind_since, now)
         if has_fallen:
             text = "etcd went back: fencing tokens repeat"
             event(ERROR, text, member=member.name, revision=revision, before=at_least)
@@ -2776,6 +2791,7 @@ class Cluster:
             member.fault = None
             member.was_well = True
             member.was_told = False
+            self.members = tuple(sorted(self.members, key=lambda one: one.fault is not None))
         if was_told:
             event(INFO, "etcd member is well again", member=member.name)
 
@@ -2812,7 +2828,7 @@ class Cluster:
         return added
 
     def _is_spare(self, member: Member) -> bool:
-        """localhost is one host: etcd most often listens on 127.0.0.1 alone."""
+        """Whether it is localhost's ::1, where nobody listens beside 127.0.0.1: no news."""
         beside = [one.host for one in self.members if one.endpoint == member.endpoint]
         return member.host == "::1" and "127.0.0.1" in beside and not member.was_well
 
@@ -2884,8 +2900,8 @@ class Session:
                     self.cluster.bind(link.cluster)
                 found = self._exchange(link, call, json, until)
                 if call.doubtful and call.doubtful(found):
-                    self.cluster.require_one(until)  # of two, only one knows the lease
                     self._look(link, until)
+                    self.cluster.require_one(until)  # of two, only one knows the lease
                     found = self._exchange(link, call, json, until)
             finally:
                 member.give_back(link)
@@ -2895,8 +2911,8 @@ class Session:
         return types.SimpleNamespace(status_code=200, json=lambda: found)
 
     def _take_link(self, member: Member, until: float, anew: bool = False) -> Link:
-        """A kept connection or a new one. The first question on that is a look: one that leads to
-        another cluster is never used. An error here has changed nothing."""
+        """A kept connection or a new one. The first question on a new one is a look: one that leads
+        to another cluster is never used. An error here has changed nothing."""
         while link := None if anew else member.take_idle():
             if self.cluster.id in ("", link.cluster):
                 return link
@@ -2995,12 +3011,13 @@ class Session:
             return False
         now = time.monotonic()
         member.hang_up(now - MAX_IDLE_SECONDS)
-        anew = bool(self.cluster.conflict) or now >= member.look_anew_at
+        anew = bool(self.cluster.conflict) or member.is_new or now >= member.look_anew_at
         if anew:
             member.look_anew_at = now + NEW_LOOK_SECONDS
         with contextlib.suppress(StorageError):  # noted at the member
-            for _ in range(1 if member.looked_at else FIRST_LOOKS):
+            for _ in range(FIRST_LOOKS if member.is_new else 1):
                 self._look_at(member, anew)
+            member.is_new = False
         member.looked_at = True
         time.sleep(LOOK_SECONDS)
         return True
@@ -3022,7 +3039,7 @@ class Session:
         self.cluster.mark_well(member)
 
     def _check_release(self, link: Link, until: float) -> None:
-        """Warns of releases that may end or renew leases wrongly after a leader was frozen."""
+        """Warns of releases that renew, or read, what is stale after a freeze."""
         member = link.member
         member.release = release = self._exchange(link, RELEASE, {}, until)
         numbers = [int(number) for number in re.findall("[0-9]{1,6}", release[:40])]
@@ -3045,7 +3062,7 @@ class Login:
     def __init__(self, name: str, password: str) -> None:
         self.credentials = {"name": name, "password": password}
         self.header = ""  # empty before the first log-in
-        self._mutex = threading.Lock()  # held during a log-in; owns the header and all below
+        self._mutex = threading.Lock()  # held during a log-in; only its holder writes what is here
         self._refusal: Refused | None = None
         self._again_at = -math.inf
 
@@ -3326,6 +3343,7 @@ PROFILES: dict[str, Handler] = {
 # == Life of the process: start, serve, stop =====================================================
 
 TWICE_SECONDS = 0.5  # within it a second signal is the first one again: some wrappers send two
+MALLOC = {-8: 1, -3: 64 << 10, -1: 128 << 10}  # M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -3357,11 +3375,23 @@ def be_quick() -> None:
         os.sched_setaffinity(0, {random.choice(sorted(os.sched_getaffinity(0)))})
 
 
+def keep_little_memory() -> None:
+    """glibc keeps most of what a crowd once needed: in an arena of each thread, and in blocks below
+    a threshold that grows with them. One arena and fixed thresholds give it back."""
+    with contextlib.suppress(ImportError, OSError, AttributeError):  # another libc
+        import ctypes
+
+        mallopt = ctypes.CDLL(None).mallopt
+        for parameter, value in MALLOC.items():
+            mallopt(parameter, value)
+
+
 def serve(config: Config) -> int:
     """Runs the daemon until a signal; returns the exit status. Raises ConfigError."""
     stop = Stop()
     log.debug = config.debug
     be_quick()
+    keep_little_memory()
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # the soft limit is often 1,024
     with contextlib.suppress(OSError, ValueError):  # not allowed: as many as before
         resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))

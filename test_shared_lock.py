@@ -1548,9 +1548,10 @@ def test_a_rooted_name_and_an_address_with_a_zone_are_endpoints(
 
 
 @pytest.fixture(scope="session")
-def open_tls_etcd(tmp_path_factory: pytest.TempPathFactory, pki: Pki) -> Iterator[Etcd]:
+def open_tls_etcd(folder: Path, pki: Pki) -> Iterator[Etcd]:
     """An etcd that speaks TLS, for 127.0.0.1 and localhost, and wants no client certificate."""
-    folder = tmp_path_factory.mktemp("open-tls")
+    folder = folder / "open-tls"
+    folder.mkdir()
     names = "subjectAltName=IP:127.0.0.1,DNS:localhost"
     command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
     signed = f"-CA {pki.good}/ca.crt -CAkey {pki.good}/ca.key -addext {names} -subj /O=etcd"
@@ -5526,6 +5527,25 @@ def test_where_no_try_of_ours_can_have_made_a_lease_that_exists_another_id_is_dr
     assert 0 < second < 2**53
 
 
+def test_a_lease_of_an_earlier_try_that_cannot_be_looked_at_is_ended_and_nothing_was_acquired() -> (
+    None
+):
+    unknown = shared_lock.OutcomeUnknown("timed out")
+    exists = shared_lock.Refused("lease already exists", code=9)
+    answers = {
+        "/lease/grant": [unknown, exists],
+        "/lease/timetolive": unknown,
+        "/lease/revoke": {"header": {}},
+    }
+    client = Scripted(answers)
+    storage = shared_lock.EtcdStorage(gateway_on(client), timeout=0.3)
+
+    with pytest.raises(shared_lock.NotApplied):
+        storage.acquire(shared_lock.LockRequest("k"))
+
+    assert client.of("/lease/revoke") == [{"ID": client.of("/lease/grant")[0]["ID"]}]
+
+
 @pytest.mark.parametrize("count, outcome", [("1", "held"), ("0", "refused")])
 def test_a_claim_too_large_for_what_etcd_has_left_is_a_refusal_where_the_key_is_held(
     count: str, outcome: str
@@ -6505,8 +6525,9 @@ class Split(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def split(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Split]:
-    folder = tmp_path_factory.mktemp("split")
+def split(folder: Path) -> Iterator[Split]:
+    folder = folder / "split"
+    folder.mkdir()
     other = Etcd(folder, "other")
     with Etcd(folder, "own") as own:
         daemon = Daemon(folder, f"{other.url},{own.url}", ETCD_TIMEOUT="2s")
@@ -6901,6 +6922,66 @@ def test_that_etcd_listens_on_one_of_the_two_addresses_of_localhost_is_no_news()
     cluster.mark_sick(spare, shared_lock.StorageError("connection refused"))
     assert spare.was_told
     assert "http://[::1]:2379" in metrics.render()
+
+
+def test_a_member_that_is_well_again_is_asked_before_one_that_is_sick() -> None:
+    met = Met()
+    frozen = met.member
+    other = shared_lock.Member(shared_lock.Address("127.0.0.1", 2), "127.0.0.1", "other")
+    met.cluster.members = (frozen, other)
+
+    for member in (frozen, other):  # that one has no leader for a moment
+        met.cluster.mark_sick(member, shared_lock.StorageError("away"))
+    met.cluster.mark_well(other)
+
+    assert met.cluster.pick(soon()) is other
+
+
+def test_that_etcd_went_back_is_told_once_however_often_it_is_looked_at(
+    jump: Callable[[float], None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    met = Met()
+    met.look("1", revision=9)
+
+    for _ in range(10):  # callers look, too
+        jump(0.3)
+        met.look("1", revision=5, at_least=9, new=False)
+    other = shared_lock.Member(shared_lock.Address("127.0.0.1", 2), "127.0.0.1", "other")
+    for _ in range(3):  # were on their way meanwhile
+        jump(1)
+        met.cluster.note_look(other, "1", 5, 9, False)
+
+    assert capfd.readouterr().err.count("etcd went back") == 1
+
+
+def test_a_connection_whose_answer_was_not_read_whole_is_not_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    near, far = socket.socketpair()
+    member = Met().member
+    link = shared_lock.Link(near, member)
+    far.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+
+    def fail(*_: object) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(shared_lock, "body_length", fail)
+    with pytest.raises(MemoryError):
+        link.ask("GET / HTTP/1.1\r\n", b"", soon(), 100)
+    member.give_back(link)
+
+    assert member.take_idle() is None
+    far.close()
+
+
+def test_of_a_stream_the_line_that_fails_is_told() -> None:
+    good = '{"result":{"header":{},"ID":"1","TTL":"5"}}'
+    bad = '{"error":{"grpc_code":16,"message":"invalid auth token"}}'
+
+    with pytest.raises(shared_lock.Refused, match=r"^invalid auth token$") as fault:
+        shared_lock.parse_answer(200, f"{good}\n{bad}\n{good}\n", True)
+
+    assert fault.value.code == 16
 
 
 def test_what_a_write_was_answered_counts_for_the_next_look() -> None:
