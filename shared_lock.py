@@ -713,7 +713,7 @@ class Wire:
             for bare in (b"\n\n", b"\n\r\n"):
                 if buffer.find(bare, searched) >= 0:
                     raise HttpError("a line ends in a line feed without a carriage return")
-            searched = max(0, len(buffer) - len(b"\r\n\r"))
+            searched = max(0, len(buffer) - len(HEAD_END) + 1)
             self.receive(deadline)
         if not 0 <= end <= MAX_HEAD_BYTES:
             what, status = TOO_LONG[mark]
@@ -1054,7 +1054,7 @@ class Server(http.server.ThreadingHTTPServer):
             return super().get_request()
         except OSError as fault:
             if fault.errno in OWN_SHORTAGES:
-                event(ERROR, "accept failed", reason=reason(fault))
+                log.tally(ERROR, "accept failed", reason=reason(fault))
                 time.sleep(0.1)  # seconds; without it the loop would spin
             raise
 
@@ -2188,7 +2188,7 @@ class Combiner(Generic[Item, Answer]):
                 batch = _Batch()
                 self._batches.append(batch)
             batch.room -= share
-            batch.entries.append(entry)  # the last that may fail
+            batch.entries.append(entry)  # nothing behind it can fail: there is nothing to undo
             return batch
 
     def _lead(self, batch: _Batch[Item], deadline: float) -> None:
@@ -2214,9 +2214,9 @@ class Combiner(Generic[Item, Answer]):
 
 MAX_OPERATIONS = 64  # in one transaction; etcd allows 128, nested ones counted in
 MAX_BATCH_BYTES = 256 << 10  # of keys and values in one call; etcd's limit, in base64, is 1.5 MiB
-MAX_KEEPALIVES = 64  # lines of 26 bytes in one POST: see _BLANKS
+MAX_KEEPALIVES = 64  # lines of at most 26 bytes in one POST: see _BLANKS
 MAX_ANSWER_BYTES = 16 << 20  # most are below 1 MiB, but another's lease may have many keys
-MAX_PAGE_BYTES = 512 << 10  # of a list, as etcd answers; a hundred at once must find room
+MAX_PAGE_BYTES = 512 << 10  # of a list, as etcd answers
 GRPC_NOT_FOUND = 5
 GRPC_DENIED = 7
 GRPC_UNAVAILABLE = 14
@@ -2289,15 +2289,15 @@ def _read_lease(answer: Any) -> LeaseInfo | None:
 
 
 HELD = Call("POST /v3/kv/range", lambda answer: int(answer.get("count", 0)) > 0)
-LOCK = Call("POST /v3/kv/range", lambda answer: (_read_locks(answer), answer.get("more")))
-LOCKS = LOCK._replace(max_bytes=MAX_PAGE_BYTES)
+READ_LOCK = Call("POST /v3/kv/range", lambda answer: (_read_locks(answer), answer.get("more")))
+READ_PAGE = READ_LOCK._replace(max_bytes=MAX_PAGE_BYTES)
 GRANT = Call("POST /v3/lease/grant", lambda answer: int(answer["TTL"]), writes=True)
 CLAIM = Call("POST /v3/kv/txn", _read_claim, writes=True)
 DELETE = Call("POST /v3/kv/txn", lambda answer: bool(answer.get("succeeded")), writes=True)
 REVOKE = Call("POST /v3/lease/revoke", lambda answer: None, writes=True)
 KEEP_ALIVE = Call("POST /v3/lease/keepalive", _read_ttls, doubtful=lambda ttls: 0 in ttls.values())
 TIME_TO_LIVE = Call("POST /v3/lease/timetolive", _read_lease, doubtful=lambda found: not found)
-LOOK = Call("POST /v3/kv/range", lambda answer: int(answer["header"]["revision"]))
+READ_REVISION = Call("POST /v3/kv/range", lambda answer: int(answer["header"]["revision"]))
 AUTHENTICATE = Call("POST /v3/auth/authenticate", lambda answer: str(answer["token"]))
 RELEASE = Call("GET /version", lambda answer: str(answer["etcdserver"]))
 
@@ -2318,7 +2318,8 @@ class Gateway:
 
         client = etcd3gw.Etcd3Client(session=cast(Any, session), api_path="/v3/")
         self.session = session
-        self._post: Callable[..., Any] = client.post  # of a Call; see Session.post
+        # etcd3gw hands all that it is given to Session.post(), and returns its json().
+        self._post: Callable[..., Any] = client.post
         self._page = MAX_LOCKS_LISTED  # locks to list at once: twice of what could be read last
 
     def are_held(self, keys: list[str], deadline: float) -> list[bool]:
@@ -2331,7 +2332,7 @@ class Gateway:
     def find_holder(self, key: str, deadline: float) -> Holder | None:
         """Who holds the key, with its value, by a linearizable read."""
         read = {"key": to_base64(KEY_PREFIX + key)}
-        locks: list[tuple[bytes, Holder]] = self._post(LOCK, json=read, deadline=deadline)[0]
+        locks: list[tuple[bytes, Holder]] = self._post(READ_LOCK, json=read, deadline=deadline)[0]
         return locks[0][1] if locks else None
 
     def list_locks(self, wanted: tuple[str, str], deadline: float) -> Page:
@@ -2356,7 +2357,7 @@ class Gateway:
         """One linearizable read of as many locks as fit into MAX_PAGE_BYTES; one always does."""
         limit = self._page
         while True:
-            call = LOCKS if limit > 1 else LOCK
+            call = READ_PAGE if limit > 1 else READ_LOCK
             read = {"key": to_base64(first), "range_end": to_base64(end), "limit": limit}
             try:
                 found = self._post(call, json=read, deadline=deadline)
@@ -2556,7 +2557,7 @@ class Link:
         if self.is_kept and has_ended and not self._wire.buffer:
             self.member.hang_up()  # it closed them while nobody asked: they are of the same age
             return OutcomeUnknown(text, sick=False)
-        if self.cluster:  # it has answered before
+        if self.cluster or self.member.was_well:  # it has answered before
             return OutcomeUnknown(text)
         if isinstance(fault, ssl.SSLEOFError | ssl.SSLZeroReturnError):  # as TLS 1.3 refuses us
             return OutcomeUnknown("TLS: it hung up; does it accept our certificate?")
@@ -2655,7 +2656,10 @@ def parse_answer_head(data: bytes) -> tuple[int, Mapping[str, str]]:
 # == Cluster: which members there are, and whose they are ========================================
 # A list that leads to two clusters makes two replicas lend one lock twice: one was rebuilt with an
 # empty disk, a name has moved, a balancer has both behind it. So the process belongs to the first
-# cluster that it grants a lock in, and grants nothing while it has met another one lately.
+# cluster that it grants a lock in, and grants nothing while it has met another one lately. A look
+# finds out which cluster a connection leads to (note_look). Then three guards: no connection to
+# another cluster is used (_take_link), bind() stands before each grant, and require_one() before
+# each acquire and whatever would say "free" or "gone".
 
 FORGET_SECONDS = 60  # another cluster that was not met for so long …
 FORGET_LOOKS = 60  # … nor by so many looks over new connections is not known any more
@@ -2847,7 +2851,7 @@ class Cluster:
 LOOK_SECONDS = 1.0  # between two looks at a member, and between two log-ins that are refused
 NEW_LOOK_SECONDS = 10.0  # between two looks over new connections, and two look-ups of a name
 FIRST_LOOKS = 8  # over new connections: of a balancer's two clusters one hides once in 128
-LOOKED_AT = {"key": to_base64(KEY_PREFIX)}  # nobody's key; it is read linearizably
+NOBODYS_KEY = {"key": to_base64(KEY_PREFIX)}  # what a look reads, linearizably
 DURATIONS = 5  # calls that tell how long one takes lately
 # Before these (3.4.42, 3.5.28, 3.6.9) a member that was frozen renews or reads what is stale.
 GOOD_RELEASES: dict[tuple[int, ...], int] = {(3, 4): 42, (3, 5): 28, (3, 6): 9}
@@ -2931,7 +2935,7 @@ class Session:
         """Asks which cluster the connection leads to, and what its revision is."""
         known = self.cluster.revisions()
         is_new = not link.cluster
-        revision = self._exchange(link, LOOK, LOOKED_AT, until)
+        revision = self._exchange(link, READ_REVISION, NOBODYS_KEY, until)
         at_least = known.get(link.cluster, 0)
         self.cluster.note_look(link.member, link.cluster, revision, at_least, is_new)
 
@@ -2975,8 +2979,9 @@ class Session:
         if self._login.is_wanted_after(fault):
             log_in = functools.partial(self._log_in, member, until)
             verdict = self._login.renew(login, log_in, until)
-        # If the caller's deadline cut the try short, that says nothing about the member.
-        if verdict.sick and (share_ends <= until or time.monotonic() < until):
+        # By the caller's own deadline: that says nothing about the member.
+        was_cut_short = until < share_ends and time.monotonic() >= until
+        if verdict.sick and not was_cut_short:
             self.cluster.mark_sick(member, verdict)
         return type(verdict)(f"{member.name}: {verdict}", verdict.sick, verdict.code)
 
@@ -3033,7 +3038,7 @@ class Session:
                 if not member.release:
                     self._check_release(link, until)
             finally:
-                member.give_back(link, MAX_IDLE if link.is_kept else 1)  # none more for each look
+                member.give_back(link, MAX_IDLE if link.is_kept else 1)  # not one for each look
         except StorageError as fault:
             raise self._judge(member, fault, login, until, until) from fault
         self.cluster.mark_well(member)
