@@ -3348,7 +3348,7 @@ PROFILES: dict[str, Handler] = {
 # == Life of the process: start, serve, stop =====================================================
 
 TWICE_SECONDS = 0.5  # within it a second signal is the first one again: some wrappers send two
-MALLOC = {-8: 1, -3: 64 << 10, -1: 128 << 10}  # M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+MALLOC = {-3: 64 << 10, -1: 128 << 10}  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD; bytes
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -3381,8 +3381,8 @@ def be_quick() -> None:
 
 
 def keep_little_memory() -> None:
-    """glibc keeps most of what a crowd once needed: in an arena of each thread, and in blocks below
-    a threshold that grows with them. One arena and fixed thresholds give it back."""
+    """glibc keeps most of what a crowd once needed, below thresholds that grow with its blocks; with
+    fixed ones it gives that back."""
     with contextlib.suppress(ImportError, OSError, AttributeError):  # another libc
         import ctypes
 
