@@ -3381,8 +3381,8 @@ def be_quick() -> None:
 
 
 def keep_little_memory() -> None:
-    """glibc keeps most of what a crowd once needed, below thresholds that grow with its blocks; with
-    fixed ones it gives that back."""
+    """glibc keeps most of what a crowd once needed, below thresholds that grow with its blocks;
+    with fixed ones it gives that back."""
     with contextlib.suppress(ImportError, OSError, AttributeError):  # another libc
         import ctypes
 
