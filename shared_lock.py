@@ -688,7 +688,7 @@ class Wire:
         """A body of this length; None: in chunks, up to `limit` bytes together."""
         if length is not None:
             return self._exactly(length, deadline)
-        body = bytearray()  # not a list of chunks: one of a byte takes fifty
+        body = bytearray()
         for number in itertools.count(1):
             size = chunk_size(self.until(LINE_END, deadline))
             if not size:
@@ -2200,6 +2200,7 @@ class Combiner(Generic[Item, Answer]):
             batch.has_started = True
         try:
             answers = self._call([entry.item for entry in batch.entries], deadline)
+            # A list first: too few answers are nobody's.
             for entry, answer in list(zip(batch.entries, answers, strict=True)):
                 entry.answer = answer
         except StorageError as fault:
@@ -2468,9 +2469,8 @@ def parse_answer(status: int, text: str, is_stream: bool = False) -> Any:
     if status == 200:
         with contextlib.suppress(ValueError, RecursionError):
             answers = json.loads(f"[{','.join(lines)}]")
-    for line, answer in zip(
-        lines, answers, strict=False
-    ):  # etcd leaves out neither of these, and a line of many may be an error
+    # etcd leaves out neither of the three, and one line of many may be an error.
+    for line, answer in zip(lines, answers, strict=False):
         is_dict = isinstance(answer, dict)
         if not is_dict or not {"header", "result", "etcdserver"} & answer.keys():
             raise classify(status, line)
