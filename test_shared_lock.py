@@ -10285,12 +10285,17 @@ def test_ctrl_z_gives_the_prompt_and_fg_the_command(screen: Screen, pipe: str) -
     screen.wait("ready> ")
 
 
+def beating(screen: Screen, beat: Path, then: str = "") -> Path:
+    """A file that the runner's command touches for as long as it lives, once it does."""
+    screen.type(f"$RUN sh -c 'while :; do echo >{beat}; sleep 0.05; done'{then}\n")
+    eventually(beat.exists)
+    return beat
+
+
 def test_a_command_whose_lease_ended_while_it_was_stopped_never_goes_on(
     on_memory: Daemon, screen: Screen, folder: Path
 ) -> None:
-    beat = folder / "beat-stopped"
-    screen.type(f"$RUN sh -c 'while :; do echo >{beat}; sleep 0.05; done'; echo status $?\n")
-    eventually(beat.exists)
+    beat = beating(screen, folder / "beat-stopped", "; echo status $?")
     screen.type("\x1a")
     screen.wait("ready> ")
     last = beat.stat().st_mtime
@@ -10320,9 +10325,7 @@ def test_in_the_background_it_waits_for_fg_to_read(screen: Screen) -> None:
 def test_a_terminal_that_is_closed_ends_the_command(
     on_memory: Daemon, screen: Screen, folder: Path
 ) -> None:
-    beat = folder / "beat-closed"
-    screen.type(f"$RUN sh -c 'while :; do echo >{beat}; sleep 0.05; done'\n")
-    eventually(beat.exists)
+    beat = beating(screen, folder / "beat-closed")
 
     screen.close()
 
