@@ -818,7 +818,7 @@ def error(fault: HttpError) -> Response:
     return Response(fault.status, line, TEXT, fault.headers)
 
 
-def recall(parse: Any, data: bytes) -> Any:
+def recall(parse: functools._lru_cache_wrapper[Item], data: bytes) -> Item:
     """What this cached parser makes of `data`; only short words of strangers stay in a cache."""
     return parse(data) if len(data) < 400 else parse.__wrapped__(data)
 
@@ -982,7 +982,7 @@ class Connection(socketserver.BaseRequestHandler):
             log.tally(WARNING, "TLS to the port of http", client=self.client)
             raise HttpError("this port speaks plain HTTP: use http://")
         data = self.wire.until(HEAD_END, deadline)
-        head: Head = recall(parse_head, data)
+        head = recall(parse_head, data)
         self.head = head
         trusted = self.server.admit(head, self.client)
         length = body_length(head.headers, MAX_BODY_BYTES)
@@ -1441,8 +1441,7 @@ def _text(lock: Mapping[str, object], name: str) -> str:
 def read_lease(request: Request) -> int:
     """The lease ID in the body of a request, whose preconditions are checked. Raises HttpError."""
     _precondition(request.head, "if-match", "if-none-match")
-    lease: int = recall(parse_lease, request.body)
-    return lease
+    return recall(parse_lease, request.body)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -2251,17 +2250,20 @@ class LeaseInfo(NamedTuple):
         return self.keys != [] and all(name.startswith(prefix) for name in self.keys)
 
 
-class Call(NamedTuple):
+class Call(NamedTuple, Generic[Answer]):
     """What can be asked of etcd, and how its answer is read."""
 
     line: str  # method and path
-    read: Callable[[Any], Any]
+    read: Callable[[Any], Answer]
     writes: bool = False
-    doubtful: Callable[[Any], bool] | None = None  # see Session.post
+    doubtful: Callable[[Answer], bool] = lambda found: False  # see Session._try
     max_bytes: int = MAX_ANSWER_BYTES
 
 
-def _read_locks(answer: Any) -> list[tuple[bytes, Holder]]:
+Found = list[tuple[bytes, Holder]]  # by whole keys
+
+
+def _read_locks(answer: Any) -> Found:
     locks = []
     for kv in answer.get("kvs", ()):
         value = binascii.a2b_base64(kv.get("value", "")).decode(errors="replace")
@@ -2290,7 +2292,9 @@ def _read_lease(answer: Any) -> LeaseInfo | None:
 
 
 HELD = Call("POST /v3/kv/range", lambda answer: int(answer.get("count", 0)) > 0)
-READ_LOCK = Call("POST /v3/kv/range", lambda answer: (_read_locks(answer), answer.get("more")))
+READ_LOCK = Call(
+    "POST /v3/kv/range", lambda answer: (_read_locks(answer), bool(answer.get("more")))
+)
 READ_PAGE = READ_LOCK._replace(max_bytes=MAX_PAGE_BYTES)
 GRANT = Call("POST /v3/lease/grant", lambda answer: int(answer["TTL"]), writes=True)
 CLAIM = Call("POST /v3/kv/txn", _read_claim, writes=True)
@@ -2298,7 +2302,7 @@ DELETE = Call("POST /v3/kv/txn", lambda answer: bool(answer.get("succeeded")), w
 REVOKE = Call("POST /v3/lease/revoke", lambda answer: None, writes=True)
 KEEP_ALIVE = Call("POST /v3/lease/keepalive", _read_ttls, doubtful=lambda ttls: 0 in ttls.values())
 TIME_TO_LIVE = Call("POST /v3/lease/timetolive", _read_lease, doubtful=lambda found: not found)
-READ_REVISION = Call("POST /v3/kv/range", lambda answer: int(answer["header"]["revision"]))
+LOOK = Call("POST /v3/kv/range", lambda answer: int(answer["header"]["revision"]))
 AUTHENTICATE = Call("POST /v3/auth/authenticate", lambda answer: str(answer["token"]))
 RELEASE = Call("GET /version", lambda answer: str(answer["etcdserver"]))
 
@@ -2317,10 +2321,9 @@ class Gateway:
         """Raises ImportError, or TypeError for an etcd3gw that takes no session."""
         import etcd3gw  # only here, so that the file runs without any package on the mock
 
-        client = etcd3gw.Etcd3Client(session=cast(Any, session), api_path="/v3/")
+        client: Any = etcd3gw.Etcd3Client  # its types know no session but requests'
+        self._client = client(session=session, api_path="/v3/")
         self.session = session
-        # etcd3gw hands all that it is given to Session.post(), and returns its json().
-        self._post: Callable[..., Any] = client.post
         self._page = MAX_LOCKS_LISTED  # locks to list at once: twice of what could be read last
 
     def are_held(self, keys: list[str], deadline: float) -> list[bool]:
@@ -2332,8 +2335,7 @@ class Gateway:
 
     def find_holder(self, key: str, deadline: float) -> Holder | None:
         """Who holds the key, with its value, by a linearizable read."""
-        read = {"key": to_base64(KEY_PREFIX + key)}
-        locks: list[tuple[bytes, Holder]] = self._post(READ_LOCK, json=read, deadline=deadline)[0]
+        locks, _ = self._ask(READ_LOCK, {"key": to_base64(KEY_PREFIX + key)}, deadline)
         return locks[0][1] if locks else None
 
     def list_locks(self, wanted: tuple[str, str], deadline: float) -> Page:
@@ -2351,17 +2353,17 @@ class Gateway:
                 with contextlib.suppress(UnicodeDecodeError):
                     locks.append((name[len(KEY_PREFIX) :].decode(), holder))
             if locks or not more:
-                return locks, bool(more)
+                return locks, more
             first = found[-1][0] + b"\0"
 
-    def _read_page(self, first: bytes, end: bytes, deadline: float) -> Any:
+    def _read_page(self, first: bytes, end: bytes, deadline: float) -> tuple[Found, bool]:
         """One linearizable read of as many locks as fit into MAX_PAGE_BYTES; one always does."""
         limit = self._page
         while True:
             call = READ_PAGE if limit > 1 else READ_LOCK
             read = {"key": to_base64(first), "range_end": to_base64(end), "limit": limit}
             try:
-                found = self._post(call, json=read, deadline=deadline)
+                found = self._ask(call, read, deadline)
             except AnswerTooLarge:
                 if limit == 1:
                     raise
@@ -2375,7 +2377,7 @@ class Gateway:
         exists already."""
         lease, ttl = wanted
         try:
-            return int(self._post(GRANT, json={"ID": lease, "TTL": ttl}, deadline=deadline))
+            return self._ask(GRANT, {"ID": lease, "TTL": ttl}, deadline)
         except Refused as fault:
             if "lease already exists" in str(fault):
                 return 0
@@ -2401,17 +2403,14 @@ class Gateway:
         """The renewed ttl of each lease, 0 where it is gone. Answers are matched by ID, since some
         may be missing."""
         lines = [{"ID": lease} for lease in dict.fromkeys(leases)]
-        ttls = self._post(KEEP_ALIVE, json=lines, deadline=deadline)
+        ttls = self._ask(KEEP_ALIVE, lines, deadline)
         cut_short = NotApplied("etcd cut its answer short", sick=False)
         return [ttls.get(lease, cut_short) for lease in leases]
 
     def time_to_live(self, lease: int, deadline: float) -> LeaseInfo | None:
         """What etcd knows of the lease; None where it is gone."""
-        wanted = {"ID": lease, "keys": True}
         try:
-            return cast(
-                "LeaseInfo | None", self._post(TIME_TO_LIVE, json=wanted, deadline=deadline)
-            )
+            return self._ask(TIME_TO_LIVE, {"ID": lease, "keys": True}, deadline)
         except Refused as fault:
             if fault.code == GRPC_DENIED:  # it holds a key that our role may not read
                 return LeaseInfo(0, 0, [b""])
@@ -2421,7 +2420,7 @@ class Gateway:
         """Ends the lease; one that is gone already is as good. A claim with it that is still under
         way will fail."""
         try:
-            self._post(REVOKE, json={"ID": lease}, deadline=deadline)
+            self._ask(REVOKE, {"ID": lease}, deadline)
         except Refused as fault:
             if fault.code != GRPC_NOT_FOUND:
                 raise
@@ -2431,19 +2430,24 @@ class Gateway:
         key = to_base64(KEY_PREFIX + wanted[0])
         is_same = {"key": key, "target": "CREATE", "create_revision": wanted[1]}
         txn = {"compare": [is_same], "success": [{"request_delete_range": {"key": key}}]}
-        return bool(self._post(DELETE, json=txn, deadline=deadline))
+        return self._ask(DELETE, txn, deadline)
 
-    def _transact(self, call: Call, kind: str, operations: list[Any], deadline: float) -> list[Any]:
+    def _transact(
+        self, call: Call[Answer], kind: str, operations: list[Any], deadline: float
+    ) -> list[Answer]:
         """What `call` reads in the answer to each of these ranges or txns, in one transaction."""
         if len(operations) == 1:  # 20 µs less than a transaction of one
-            return [self._post(call, json=operations[0], deadline=deadline)]
+            return [self._ask(call, operations[0], deadline)]
 
-        def read(answer: Any) -> list[Any]:
+        def read(answer: Any) -> list[Answer]:
             return [call.read(response[f"response_{kind}"]) for response in answer["responses"]]
 
         txn = {"success": [{f"request_{kind}": operation} for operation in operations]}
-        combined = call._replace(line=CLAIM.line, read=read)
-        return cast("list[Any]", self._post(combined, json=txn, deadline=deadline))
+        return self._ask(Call(CLAIM.line, read, call.writes), txn, deadline)
+
+    def _ask(self, call: Call[Answer], payload: object, deadline: float) -> Answer:
+        """etcd3gw hands all that it is given to Session.post(), and returns its json()."""
+        return cast(Answer, self._client.post(call, json=payload, deadline=deadline))
 
 
 def to_base64(text: str | bytes) -> str:
@@ -2576,7 +2580,7 @@ class Member:
         self.endpoint = endpoint
         self.host = host  # an IP address; empty while the endpoint's name has none
         self.name = name
-        self.release = ""  # its version, once it was asked
+
         self.fault: str | None = None  # None: it is well
         self.failed_at = -math.inf  # time.monotonic
         self.errors = 0
@@ -2592,8 +2596,8 @@ class Member:
         self.headers = f"Host: {endpoint}\r\nContent-Type: application/json\r\n"
         self.headers += "Grpc-Metadata-hasleader: true\r\n"
 
-    def take_idle(self) -> Link | None:
-        """A kept connection, if one can be used."""
+    def take_idle(self, cluster_id: str) -> Link | None:
+        """A kept connection to this cluster (empty: to any), if one can be used."""
         while True:
             try:
                 link = self._idle.pop()
@@ -2601,7 +2605,8 @@ class Member:
                 return None
             link.is_kept = True
             # Each system call lets 150 threads fight for Python: none just after the last use.
-            if time.monotonic() < link.idle_since + FRESH_SECONDS or not link.poll.poll(0):
+            is_fresh = time.monotonic() < link.idle_since + FRESH_SECONDS
+            if cluster_id in ("", link.cluster) and (is_fresh or not link.poll.poll(0)):
                 return link
             link.close()
 
@@ -2665,14 +2670,13 @@ FORGET_SECONDS = 60  # another cluster that was not met for so long …
 FORGET_LOOKS = 60  # … nor by so many looks over new connections is not known any more
 
 
+@dataclass
 class Meeting:
     """A cluster that a look has met."""
 
-    def __init__(self) -> None:
-        self.member = ""  # where it was met last
-        self.at = -math.inf  # when
-        self.missed = 0  # looks over new connections that have met another one since
-        self.revision = 0  # the highest that it has answered
+    member: str = ""  # where it was met last
+    at: float = 0  # when: time.monotonic
+    missed: int = 0  # looks over new connections that have met another one since
 
 
 class ForeignCluster(NotApplied):
@@ -2688,6 +2692,7 @@ class Cluster:
         self.members: tuple[Member, ...] = ()  # replaced, never changed
         self.conflict = ""  # while two clusters are known: what to say, and do, about it
         self.first_looks_end = math.inf  # grants wait for the first looks, but not longer
+        self.revision = 0  # the highest that our cluster has answered, or the only one known
         self._mutex = threading.Lock()  # owns all between here and the sources, and members' health
         self._meetings: dict[str, Meeting] = {}  # by the ID of the cluster
         self._unresolved = set(endpoints)
@@ -2729,42 +2734,41 @@ class Cluster:
                 raise NotApplied(text)
             time.sleep(min(PAUSE_SECONDS / 4, deadline - now))
 
-    def note_revision(self, cluster_id: str, revision: int) -> None:
-        """What our cluster has answered to a write."""
-        met = self._meetings.get(cluster_id)
-        if met:  # without the mutex: a number that is lost to another thread is told by a later one
-            met.revision = max(met.revision, revision)
-
-    def revisions(self) -> dict[str, int]:
-        """What each cluster has answered by now: a look that is sent later answers no less."""
-        return {cluster_id: met.revision for cluster_id, met in self._meetings.items()}
-
     def note_look(
-        self, member: Member, cluster_id: str, revision: int, at_least: int, is_new: bool
+        self, member: Member, cluster_id: str, revision: int, before: int, is_new: bool
     ) -> None:
-        """What a look has met, over a new connection or a kept one. Raises ForeignCluster."""
+        """What a look has met, over a new connection or a kept one; `before` is the revision that
+        was known when it was sent. Raises ForeignCluster."""
         now = time.monotonic()
         with self._mutex:
             met = self._meetings.setdefault(cluster_id, Meeting())
             met.member = member.name
             met.at = now
             met.missed = 0
-            at_least = min(at_least, met.revision)  # it has been told that it went back
             if is_new:
                 self._miss_others(met)
             self._note_conflict()
             if self.id not in ("", cluster_id):
                 raise ForeignCluster(f"it is of another cluster, {cluster_id}")
+            if self.conflict and not self.id:
+                self.revision = 0  # of which of them?
+            before = min(before, self.revision)  # that it went back has been told meanwhile
             # One look may be stale; two, a second apart, are not.
-            has_fallen = revision < at_least and now - member.behind_since >= LOOK_SECONDS * 0.9
-            if revision >= at_least or has_fallen:
-                met.revision = revision if has_fallen else max(met.revision, revision)
+            went_back = revision < before and now - member.behind_since >= LOOK_SECONDS * 0.9
+            if went_back:
+                self.revision = 0
+            if went_back or revision >= before:
+                self.note_revision(revision)
                 member.behind_since = math.inf
             else:
                 member.behind_since = min(member.behind_since, now)
-        if has_fallen:
+        if went_back:
             text = "etcd went back: fencing tokens repeat"
-            event(ERROR, text, member=member.name, revision=revision, before=at_least)
+            event(ERROR, text, member=member.name, revision=revision, before=before)
+
+    def note_revision(self, revision: int) -> None:
+        """What our cluster has answered; one that is lost to another thread is told by a later."""
+        self.revision = max(self.revision, revision)
 
     def _miss_others(self, met: Meeting) -> None:
         for cluster_id, other in list(self._meetings.items()):
@@ -2852,7 +2856,7 @@ LOOK_SECONDS = 1.0  # between two looks at a member, and between two log-ins tha
 NEW_LOOK_SECONDS = 10.0  # between two looks over new connections, and two look-ups of a name
 FIRST_LOOKS = 8  # over new connections: of a balancer's two clusters one hides once in 128
 NOBODYS_KEY = {"key": to_base64(KEY_PREFIX)}  # what a look reads, linearizably
-DURATIONS = 5  # calls that tell how long one takes lately
+
 # Before these (3.4.42, 3.5.28, 3.6.9) a member that was frozen renews or reads what is stale.
 GOOD_RELEASES: dict[tuple[int, ...], int] = {(3, 4): 42, (3, 5): 28, (3, 6): 9}
 
@@ -2871,8 +2875,7 @@ class Session:
             names = ("ca_cert_path", "client_cert_path", "client_key_path")
             self._tls = tls_context(config, ssl.Purpose.SERVER_AUTH, *names)
         self._login = Login(config.etcd_username, config.etcd_password)
-        self._durations = {False: [0.0], True: [0.0]}  # of reads, of writes; seconds
-        self._usual = {False: 0.0, True: 0.0}  # their medians
+        self._usual: dict[bool, float] = {}  # seconds that a read (False), a write (True) takes
 
     def start(self) -> None:
         """Begins to look after the members."""
@@ -2881,49 +2884,62 @@ class Session:
             keep_running(f"name-{endpoint}", functools.partial(self._follow_name, endpoint))
 
     def post(
-        self, call: Call, *, json: Any, deadline: float, timeout: object = None
+        self, call: Call[Answer], *, json: Any, deadline: float, timeout: object = None
     ) -> types.SimpleNamespace:
-        """Asks for as long as a try may take, and answers with what the call reads in the answer.
-
-        What the call finds doubtful is only believed after a linearizable read over the same
-        connection: a member that was frozen says for some milliseconds that leases are gone which
-        are alive. Raises StorageError."""
+        """Asks one member for as long as a try may take, and answers with what the call reads in
+        its answer. Raises StorageError."""
         member = self.cluster.pick(deadline)
         # Seconds for one try. Only a timeout gives a frozen member away, so each may take a part of
         # the time; and a slow etcd is not a sick one, so it may take as long as three calls took
         # lately. A write takes at least as long as a read.
-        usual = max(self._usual[False], self._usual[call.writes])
+        usual = max(self._usual.get(False, 0), self._usual.get(call.writes, 0))
         share = max(self._timeout / (len(self.cluster.members) + 1), 3 * usual)
+        found = self._try(member, call, json, deadline, share)
+        return types.SimpleNamespace(status_code=200, json=lambda: found)
+
+    def _try(
+        self,
+        member: Member,
+        call: Call[Answer],
+        payload: Any,
+        deadline: float,
+        share: float,
+        anew: bool = False,
+    ) -> Answer:
+        """Asks this member for `share` seconds at most, over a kept connection or a new one.
+
+        What the call finds doubtful is only believed after a linearizable read over the same
+        connection: a member that was frozen says for some milliseconds that leases are gone which
+        are alive."""
         share_ends = time.monotonic() + share
         until = min(share_ends, deadline)
         login = self._login.header
         try:
-            link = self._take_link(member, until)
+            link = self._take_link(member, until, anew)
             try:
                 if call is GRANT:
                     self.cluster.bind(link.cluster)
-                found = self._exchange(link, call, json, until)
-                if call.doubtful and call.doubtful(found):
-                    self._look(link, until)
+                found = self._exchange(link, call, payload, until)
+                if call.doubtful(found):
+                    self._exchange(link, LOOK, NOBODYS_KEY, until)
                     self.cluster.require_one(until)  # of two, only one knows the lease
-                    found = self._exchange(link, call, json, until)
+                    found = self._exchange(link, call, payload, until)
             finally:
-                member.give_back(link)
+                member.give_back(link, 1 if anew else MAX_IDLE)  # not one for each look
         except StorageError as fault:
             raise self._judge(member, fault, login, until, share_ends) from fault
         self.cluster.mark_well(member)
-        return types.SimpleNamespace(status_code=200, json=lambda: found)
+        return found
 
-    def _take_link(self, member: Member, until: float, anew: bool = False) -> Link:
-        """A kept connection or a new one. The first question on a new one is a look: one that leads
-        to another cluster is never used. An error here has changed nothing."""
-        while link := None if anew else member.take_idle():
-            if self.cluster.id in ("", link.cluster):
-                return link
-            link.close()
+    def _take_link(self, member: Member, until: float, anew: bool) -> Link:
+        """The first question on a new connection is a look: one that leads to another cluster is
+        never used. An error here has changed nothing."""
+        kept = None if anew else member.take_idle(self.cluster.id)
+        if kept:
+            return kept
         link = member.connect(self._tls, until)
         try:
-            self._look(link, until)
+            self._exchange(link, LOOK, NOBODYS_KEY, until)
         except BaseException as fault:
             link.close()
             if isinstance(fault, OutcomeUnknown):
@@ -2931,25 +2947,17 @@ class Session:
             raise
         return link
 
-    def _look(self, link: Link, until: float) -> None:
-        """Asks which cluster the connection leads to, and what its revision is."""
-        known = self.cluster.revisions()
-        is_new = not link.cluster
-        revision = self._exchange(link, READ_REVISION, NOBODYS_KEY, until)
-        at_least = known.get(link.cluster, 0)
-        self.cluster.note_look(link.member, link.cluster, revision, at_least, is_new)
-
-    def _exchange(self, link: Link, call: Call, payload: Any, until: float) -> Any:
-        """What the call reads in the answer to one question."""
+    def _exchange(self, link: Link, call: Call[Answer], payload: Any, until: float) -> Answer:
+        """What the call reads in the answer to one question; the cluster hears of it."""
+        before = self.cluster.revision
         started = time.monotonic()
         if started >= until:
             raise NotApplied("no time was left to ask it", sick=False)
         head = f"{call.line} HTTP/1.1\r\n{link.member.headers}{self._login.header}"
         status, text = link.ask(head, to_body(payload), until, call.max_bytes)
-        earlier = self._durations[call.writes][1 - DURATIONS :]
-        durations = [*earlier, time.monotonic() - started]
-        self._durations[call.writes] = durations
-        self._usual[call.writes] = sorted(durations)[len(durations) // 2]
+        took = time.monotonic() - started
+        usual = self._usual.get(call.writes, took)
+        self._usual[call.writes] = usual + (took - usual) / 4  # a running mean
         answer = parse_answer(status, text, isinstance(payload, list))
         try:
             first = answer[0]["result"] if isinstance(answer, list) else answer
@@ -2960,14 +2968,17 @@ class Session:
         except NOT_ETCDS as fault:
             link.close()
             raise OutcomeUnknown(f"its answer is not etcd's: {quote(text)}") from fault
-        if link.cluster not in ("", cluster_id):  # a proxy that shares it among two clusters
+        is_new = not link.cluster
+        link.cluster = link.cluster or cluster_id
+        if link.cluster != cluster_id:  # a proxy that shares it among two clusters
             link.close()
             with contextlib.suppress(ForeignCluster):
                 self.cluster.note_look(link.member, cluster_id, 0, 0, is_new=True)
             raise OutcomeUnknown(f"it answers for another cluster, too, {cluster_id}")
-        link.cluster = cluster_id
+        if call is LOOK:
+            self.cluster.note_look(link.member, cluster_id, revision, before, is_new)
         if call.writes:
-            self.cluster.note_revision(cluster_id, revision)
+            self.cluster.note_revision(revision)
         return found
 
     def _judge(
@@ -2988,10 +2999,9 @@ class Session:
     def _log_in(self, member: Member, until: float) -> str:
         link = member.connect(self._tls, until)
         try:
-            token: str = self._exchange(link, AUTHENTICATE, self._login.credentials, until)
+            return self._exchange(link, AUTHENTICATE, self._login.credentials, until)
         finally:
             link.close()
-        return token
 
     def _follow_name(self, endpoint: Address) -> bool:
         """Keeps the members at what the endpoint's name says now. In a thread of its own, since a
@@ -3021,43 +3031,23 @@ class Session:
             member.look_anew_at = now + NEW_LOOK_SECONDS
         with contextlib.suppress(StorageError):  # noted at the member
             for _ in range(FIRST_LOOKS if member.is_new else 1):
-                self._look_at(member, anew)
-            member.is_new = False
+                self._try(member, LOOK, NOBODYS_KEY, math.inf, self._timeout, anew)
+            if member.is_new:
+                member.is_new = False
+                self._check_release(member)
         member.looked_at = True
         time.sleep(LOOK_SECONDS)
         return True
 
-    def _look_at(self, member: Member, anew: bool) -> None:
-        until = deadline_after(self._timeout)
-        login = self._login.header
-        try:
-            link = self._take_link(member, until, anew)
-            try:
-                if link.is_kept:
-                    self._look(link, until)
-                if not member.release:
-                    self._check_release(link, until)
-            finally:
-                member.give_back(link, MAX_IDLE if link.is_kept else 1)  # not one for each look
-        except StorageError as fault:
-            raise self._judge(member, fault, login, until, until) from fault
-        self.cluster.mark_well(member)
-
-    def _check_release(self, link: Link, until: float) -> None:
+    def _check_release(self, member: Member) -> None:
         """Warns of releases that renew, or read, what is stale after a freeze."""
-        member = link.member
-        member.release = release = self._exchange(link, RELEASE, {}, until)
-        numbers = [int(number) for number in re.findall("[0-9]{1,6}", release[:40])]
+        release = self._try(member, RELEASE, {}, math.inf, self._timeout)[:40]
+        numbers = [int(number) for number in re.findall("[0-9]{1,6}", release)]
         at_least = GOOD_RELEASES.get(tuple(numbers[:2]), 0)
         if numbers[:2] < [3, 4] or numbers[2:3] < [at_least]:
+            text = "etcd release with defects in leases"
             better = "3.5.28, 3.6.9 or newer"
-            event(
-                WARNING,
-                "etcd release with defects in leases",
-                member=member.name,
-                release=release[:40],
-                better=better,
-            )
+            event(WARNING, text, member=member.name, release=release, better=better)
 
 
 class Login:
