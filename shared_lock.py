@@ -259,10 +259,10 @@ class Holder(NamedTuple):
 class Freed(enum.Enum):
     """What became of a key that an operator wanted to free."""
 
-    NOTHING = enum.auto()  # it was free
-    OTHER_HOLDER = enum.auto()  # than the one with this token
-    FREED = enum.auto()
-    LEASE_LIVES = enum.auto()  # freed, but its lease holds something of another tenant
+    NOTHING = "nothing"  # it was free
+    OTHER_HOLDER = "other holder"  # than the one with this token
+    FREED = "freed"
+    LEASE_LIVES = "freed, lease lives on"  # it holds something of another tenant
 
 
 class Address(NamedTuple):
@@ -288,6 +288,11 @@ OWN_SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.
 def deadline_after(timeout: float) -> float:
     """When a timeout that begins now ends (time.monotonic); 0 is none."""
     return time.monotonic() + timeout if timeout else math.inf
+
+
+def seconds_until(deadline: float) -> float:
+    """As a timeout; none is 0 or less, which some calls take for none."""
+    return max(0.001, deadline - time.monotonic())
 
 
 def reason(fault: BaseException) -> str:
@@ -534,26 +539,33 @@ class Renewed(Generic[Item]):
     def __init__(self, read: Callable[[], Item], *paths: str) -> None:
         self._read = read
         self._paths = paths
-        self._again_at = math.inf  # after a failure, when to try again
+        self._again_at = time.monotonic() + 1  # when to read them once more
+        self._has_failed = False
         self._mutex = threading.Lock()  # owns all but _read and _paths
         self._seen = self._look()  # before the files are read: a change in between is seen later
         self._current = read()
 
     def get(self) -> Item:
         """What the files hold now, or held when they could last be used."""
+        now = time.monotonic()
         with self._mutex:
             seen = self._look()
-            if seen != self._seen or time.monotonic() >= self._again_at:
+            is_news = seen != self._seen
+            if is_news or now >= self._again_at:
                 self._seen = seen
+                self._again_at = now + 1  # it may change twice within one tick of its clock
                 try:
                     self._current = self._read()
                 except ConfigError as fault:
-                    if self._again_at == math.inf:  # and not again before it is mended
+                    if not self._has_failed:  # and not again before it is mended
                         event(WARNING, "files not renewed, the old stay in force", reason=fault)
-                    self._again_at = time.monotonic() + 1
+                    self._has_failed = True
                 else:
-                    self._again_at = math.inf
-                    event(INFO, "files renewed", paths=",".join(self._paths))
+                    if is_news or self._has_failed:
+                        event(INFO, "files renewed", paths=",".join(self._paths))
+                    else:
+                        self._again_at = math.inf
+                    self._has_failed = False
             return self._current
 
     def _look(self) -> object:
@@ -561,8 +573,7 @@ class Renewed(Generic[Item]):
             stats = [os.stat(path) for path in self._paths]
         except OSError:  # one is missing
             return None
-        # What has just changed is read once more: it may change again within one tick.
-        return [(at.st_mtime_ns, at.st_ino, at.st_mtime > time.time() - 0.1) for at in stats]
+        return [(at.st_mtime_ns, at.st_size, at.st_ino) for at in stats]
 
 
 def tls_context(
@@ -1189,9 +1200,8 @@ class Api:
             log_defect(fault, path=head.path)
             text = "outcome unknown: internal error: see the log of shared-lock"
             response = error(HttpError(text, 500))
-        if log.debug:
-            shown = {"client": request.client, "method": head.method, "path": head.path}
-            event(DEBUG, "request", status=response.status, **shown)
+        shown = {"client": request.client, "method": head.method, "path": head.path}
+        event(DEBUG, "request", status=response.status, **shown)
         return response
 
     def count(self, head: Head, status: int) -> None:
@@ -1385,20 +1395,13 @@ _JSON = json.JSONDecoder(
     parse_constant=lambda name: float(f"not JSON: {name}"),
 )
 _STRING_OR_BRACKET = re.compile(rb'"(?:[^"\\]|\\.)*+"?|[][{}]', re.DOTALL)
+_DEEPER = {b"[": 1, b"{": 1, b"]": -1, b"}": -1}
 
 
 def is_too_deep(body: bytes) -> bool:
     """Whether this JSON is nested deeper than MAX_DEPTH; brackets in strings do not count."""
-    depth = 0
-    for found in _STRING_OR_BRACKET.finditer(body):
-        first = found[0][:1]
-        if first in (b"[", b"{"):
-            depth += 1
-        elif first != b'"':
-            depth -= 1
-        if depth > MAX_DEPTH:
-            return True
-    return False
+    steps = (_DEEPER.get(found[0], 0) for found in _STRING_OR_BRACKET.finditer(body))
+    return any(depth > MAX_DEPTH for depth in itertools.accumulate(steps))
 
 
 def _parse_json(body: bytes) -> Any:
@@ -1489,7 +1492,7 @@ class LockService:
         if wanted.wait and not self._stopping.is_set() and not self._has_it(wanted):
             grant, took = self._wait_in_line(wanted)
         else:
-            grant, took = self._ask("get", self.storage.acquire, wanted, **shown)
+            grant, took = self._ask_once(wanted)
         if not grant:
             event(DEBUG, "refused", **shown)
             self._metrics.observe_grant("accepted", took)
@@ -1507,7 +1510,7 @@ class LockService:
     def renew(self, lease: int, client: str) -> int:
         """Starts the lease's ttl again and returns it; 0 where etcd knows that it is gone. Raises
         StorageError."""
-        ttl, _ = self._ask("prolong", self.storage.renew, lease, lease=lease, client=client)
+        ttl = self._ask("prolong", self.storage.renew, lease, lease=lease, client=client)
         self._metrics.count("prolong success" if ttl else "prolong failure")
         if not ttl:
             event(INFO, "lease is gone", lease=lease, client=client)
@@ -1516,7 +1519,7 @@ class LockService:
     def release(self, lease: int, client: str) -> bool:
         """Ends the lease, which frees its key at once; False where there is nothing of ours.
         Raises StorageError."""
-        keys, _ = self._ask("release", self.storage.release, lease, lease=lease, client=client)
+        keys = self._ask("release", self.storage.release, lease, lease=lease, client=client)
         self._metrics.count("release success" if keys else "release failure")
         for key in keys:
             event(INFO, "released", key=key, lease=lease, client=client)
@@ -1524,10 +1527,10 @@ class LockService:
 
     def free(self, key: str, token: int, client: str) -> Freed:
         """Ends the holder with this fencing token, for an operator. Raises StorageError."""
-        freed, _ = self._ask("release", self.storage.free, key, token, key=key, client=client)
+        freed = self._ask("release", self.storage.free, key, token, key=key, client=client)
         done = freed in (Freed.FREED, Freed.LEASE_LIVES)
         self._metrics.count("release success" if done else "release failure")
-        event(INFO, "freed", key=key, token=token, outcome=freed.name.lower(), client=client)
+        event(INFO, "freed", key=key, token=token, outcome=freed.value, client=client)
         return freed
 
     def take_back(self, wanted: LockRequest, lease: int) -> None:
@@ -1551,22 +1554,26 @@ class LockService:
         must not stand behind those that wait for it."""
         if not wanted.lease or wanted.key not in self._lines:
             return False
-        shown = {"client": wanted.client, "key": wanted.key}
-        holder, _ = self._ask("get", self.storage.look, wanted.key, **shown)
+        key = wanted.key
+        holder = self._ask("get", self.storage.look, key, key=key, client=wanted.client)
         return holder is not None and holder.lease == wanted.lease
 
     def _ask(
         self, operation: str, ask: Callable[..., Answer], *items: object, **shown: object
-    ) -> tuple[Answer, float]:
-        """What the storage answers, and within how many seconds; its failure is counted and
-        logged."""
-        started = time.monotonic()
+    ) -> Answer:
+        """What the storage answers; its failure is counted and logged."""
         try:
-            return ask(*items), time.monotonic() - started
+            return ask(*items)
         except StorageError as fault:
             self._metrics.count(f"{operation} error")
             event(WARNING, "storage failed", operation=operation, reason=fault, **shown)
             raise
+
+    def _ask_once(self, wanted: LockRequest) -> Timed:
+        started = time.monotonic()
+        key = wanted.key
+        grant = self._ask("get", self.storage.acquire, wanted, key=key, client=wanted.client)
+        return grant, time.monotonic() - started
 
     def _wait_in_line(self, wanted: LockRequest) -> Timed:
         """Joins the line of this key, and leaves it with an answer. Raises EOFError."""
@@ -1597,8 +1604,7 @@ class LockService:
                 raise EOFError("the caller hung up")
             is_first = line[0] is turn
             if is_first:
-                shown = {"client": wanted.client, "key": wanted.key}
-                grant, took = self._ask("get", self.storage.acquire, wanted, **shown)
+                grant, took = self._ask_once(wanted)
             left = deadline - time.monotonic()
             if grant or left <= 0:
                 break
@@ -1844,11 +1850,11 @@ class AskedKeys:
     def ask(self, key: str) -> bool:
         """Whether the key was asked for within the last hour; now it was."""
         slot = hash(key) % len(self._hours)
-        hour = int(self._clock() // 3600)
+        hour = int(self._clock() // 3600) % 255 + 1
         with self._mutex:
-            asked = self._hours[slot] in (hour % 255 + 1, (hour - 1) % 255 + 1)
-            self._hours[slot] = hour % 255 + 1
-        return asked
+            asked_in = self._hours[slot]
+            self._hours[slot] = hour
+        return asked_in > 0 and (hour - asked_in) % 255 <= 1
 
     def forget(self, key: str) -> None:
         """The key is free again: the next one need not read first."""
@@ -2047,7 +2053,7 @@ class EtcdStorage(Storage):
     def list_locks(self, prefix: str, after: str) -> Page:
         operation = Operation(self._timeout)
         self._cluster.require_one(operation.deadline)
-        if not self._one_list.acquire(timeout=max(0, operation.deadline - time.monotonic())):
+        if not self._one_list.acquire(timeout=seconds_until(operation.deadline)):
             raise NotApplied("timed out behind others that list locks")
         try:
             return operation.read(self._gateway.list_locks, (prefix, after))
@@ -2163,7 +2169,7 @@ class Combiner(Generic[Item, Answer]):
         has_baton = False
         leads = False
         try:
-            has_baton = batch.baton.acquire(timeout=max(0.0, deadline - time.monotonic()))
+            has_baton = batch.baton.acquire(timeout=seconds_until(deadline))
             leads = has_baton and not batch.has_started
             if leads:
                 self._lead(batch, deadline)
@@ -2550,6 +2556,7 @@ class Link:
         self.is_open = status == 200 and not wire.buffer and "connection" not in headers
         if status == http.HTTPStatus.REQUEST_TIMEOUT and self.is_kept:  # before it was asked
             raise OutcomeUnknown("it gave up the idle connection", sick=False)
+
         return status, text
 
     def _broken(self, fault: Exception) -> StorageError:
@@ -2629,11 +2636,11 @@ class Member:
         try:
             if not self.host:
                 raise ValueError("its name has no address")
-            left = max(0.001, deadline - time.monotonic())
-            sock = socket.create_connection((self.host, self.endpoint.port), left)
+            address = (self.host, self.endpoint.port)
+            sock = socket.create_connection(address, seconds_until(deadline))
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if tls and self.endpoint.tls:
-                sock.settimeout(max(0.001, deadline - time.monotonic()))
+                sock.settimeout(seconds_until(deadline))
                 name = self.endpoint.host.rstrip(".").partition("%")[0]
                 sock = tls.get().wrap_socket(sock, server_hostname=name)
             sock.settimeout(None)
@@ -3070,7 +3077,7 @@ class Login:
     def renew(self, used: str, log_in: Callable[[], str], deadline: float) -> StorageError:
         """Logs in, unless another caller did since `used`. Returns what to raise: an error to try
         again after, or etcd's refusal, which stands for LOOK_SECONDS."""
-        if not self._mutex.acquire(timeout=max(0, deadline - time.monotonic())):
+        if not self._mutex.acquire(timeout=seconds_until(deadline)):
             return NotApplied("timed out behind a log-in", sick=False)
         try:
             if self.header == used and time.monotonic() > self._again_at:

@@ -2678,19 +2678,20 @@ def test_a_token_that_is_added_works_within_a_second_and_one_that_is_taken_out_n
     assert found == [[200, 401], [200, 200], [401, 200]]
 
 
+@pytest.mark.parametrize("first", ["", "mid"])
 def test_tokens_that_are_written_within_one_tick_of_the_clock_are_noticed(
-    start: Start, tmp_path: Path
+    start: Start, tmp_path: Path, first: str
 ) -> None:
     """Whoever writes a file in place empties it first, and a request may come in between."""
     file = tmp_path / "tokens"
     file.write_text("old")
     daemon = start("mock", SERVER_TOKEN_PATH=str(file))
-    file.write_text("")
-    emptied = file.stat()
+    file.write_text(first)
+    before = file.stat()
     with_token(daemon, "old")
 
     file.write_text("new")
-    os.utime(file, ns=(emptied.st_atime_ns, emptied.st_mtime_ns))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
 
     eventually(lambda: (with_token(daemon, "old"), with_token(daemon, "new")) == (401, 200), 2)
 
@@ -2698,6 +2699,38 @@ def test_tokens_that_are_written_within_one_tick_of_the_clock_are_noticed(
 def renewals(daemon: Daemon) -> list[str]:
     """The levels of the lines about renewed files, in order."""
     return [line["level"] for line in events(daemon) if "renewed" in line["event"]]
+
+
+@pytest.fixture
+def jump(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Sets the module's clock forward, which stands still otherwise."""
+    now = [100.0]
+    clock = types.SimpleNamespace(**{**vars(time), "monotonic": lambda: now[0]})
+    monkeypatch.setattr(shared_lock, "time", clock)
+
+    def jump(seconds: float) -> None:
+        now[0] += seconds
+
+    return jump
+
+
+def test_a_file_that_is_read_once_more_is_told_only_where_it_has_changed(
+    jump: Callable[[float], None], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "tokens"
+    file.write_text("old")
+    read: list[str] = []
+    renewed = shared_lock.Renewed(lambda: read.append(file.read_text()), str(file))
+
+    for changes in (1, 2):
+        for _ in range(10):
+            jump(0.3)
+            renewed.get()
+        assert len(read) == 2 * changes
+        file.write_text("changed")
+    renewed.get()
+
+    assert capfd.readouterr().err.count("files renewed") == 2
 
 
 def as_ordinary_user() -> list[str]:
@@ -6897,19 +6930,6 @@ def test_of_two_first_grants_in_two_clusters_only_one_is_made() -> None:
     with pytest.raises(shared_lock.ForeignCluster):
         met.cluster.bind("2")
     met.cluster.bind("1")
-
-
-@pytest.fixture
-def jump(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Sets the module's clock forward, which stands still otherwise."""
-    now = [100.0]
-    clock = types.SimpleNamespace(**{**vars(time), "monotonic": lambda: now[0]})
-    monkeypatch.setattr(shared_lock, "time", clock)
-
-    def jump(seconds: float) -> None:
-        now[0] += seconds
-
-    return jump
 
 
 def test_another_cluster_is_forgotten_after_a_minute_and_sixty_looks_over_new_connections(
