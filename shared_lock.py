@@ -37,7 +37,6 @@ import argparse
 import binascii
 import bisect
 import collections
-import contextlib
 import copy
 import enum
 import errno
@@ -46,7 +45,6 @@ import http
 import http.server
 import itertools
 import json
-import math
 import os
 import queue
 import random
@@ -66,9 +64,12 @@ import traceback
 import types
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
+from math import ceil, inf
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar, cast
 
 if sys.version_info < (3, 11):  # noqa: UP036  else the first class below fails without a word
@@ -118,7 +119,7 @@ class Log:
             if self.dropped > self._told:
                 shown["lines_lost"] = self.dropped - self._told
             line = format_line(first | shown)
-            with contextlib.suppress(OSError):  # nobody will ever read it
+            with suppress(OSError):  # nobody will ever read it
                 if self._poll.poll(0):
                     os.write(2, line + b"\n")
                     self._told = self.dropped
@@ -133,7 +134,7 @@ class Log:
 
     def tell_tallies(self) -> None:
         """Writes what was noted and is due; the main loop calls it now and then."""
-        now = time.monotonic()
+        now = monotonic()
         for name in list(self._tallies):
             if now >= self._due.get(name, now):
                 self._due[name] = now + TALLY_SECONDS
@@ -287,12 +288,12 @@ OWN_SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.
 
 def deadline_after(timeout: float) -> float:
     """When a timeout that begins now ends (time.monotonic); 0 is none."""
-    return time.monotonic() + timeout if timeout else math.inf
+    return monotonic() + timeout if timeout else inf
 
 
 def seconds_until(deadline: float) -> float:
     """As a timeout; none is 0 or less, which some calls take for none."""
-    return max(0.001, deadline - time.monotonic())
+    return max(0.001, deadline - monotonic())
 
 
 def reason(fault: BaseException) -> str:
@@ -322,7 +323,7 @@ def keep_running(name: str, step: Callable[[], bool]) -> None:
                     return
             except Exception as fault:
                 log_defect(fault, thread=name)
-                time.sleep(1)  # second
+                sleep(1)  # second
 
     threading.Thread(target=run, name=name, daemon=True).start()
 
@@ -453,7 +454,7 @@ class Config:
         "", "callers need a certificate that this CA signed", needs="server_cert_path"
     )
     max_ttl: int = setting(
-        "9000000000s", "the longest ttl to grant", duration(1, MAX_TTL_SECONDS, math.ceil)
+        "9000000000s", "the longest ttl to grant", duration(1, MAX_TTL_SECONDS, ceil)
     )
     storage_type: str = setting("etcd", "etcd, or mock: in memory, lost at the end", _storage)
     etcd_addr_list: tuple[Address, ...] = setting(
@@ -514,7 +515,7 @@ class Config:
             names.append("ca_cert_path")
         return [variable(name) for name in names if getattr(self, name)]
 
-    @contextlib.contextmanager
+    @contextmanager
     def usable(self, name: str, expected: str) -> Iterator[str]:
         """Gives the path in this setting; what goes wrong with its file is a ConfigError."""
         path: str = getattr(self, name)
@@ -539,7 +540,7 @@ class Renewed(Generic[Item]):
     def __init__(self, read: Callable[[], Item], *paths: str) -> None:
         self._read = read
         self._paths = paths
-        self._again_at = time.monotonic() + 1  # when to read them once more
+        self._again_at = monotonic() + 1  # when to read them once more
         self._has_failed = False
         self._mutex = threading.Lock()  # owns all but _read and _paths
         self._seen = self._look()  # before the files are read: a change in between is seen later
@@ -547,7 +548,7 @@ class Renewed(Generic[Item]):
 
     def get(self) -> Item:
         """What the files hold now, or held when they could last be used."""
-        now = time.monotonic()
+        now = monotonic()
         with self._mutex:
             seen = self._look()
             is_news = seen != self._seen
@@ -564,7 +565,7 @@ class Renewed(Generic[Item]):
                     if is_news or self._has_failed:
                         event(INFO, "files renewed", paths=",".join(self._paths))
                     else:
-                        self._again_at = math.inf
+                        self._again_at = inf
                     self._has_failed = False
             return self._current
 
@@ -686,14 +687,14 @@ def _timeval_format() -> str:
 class Wire:
     """A socket, and the bytes received from it but not used yet; of one thread at a time.
 
-    Deadlines are on the clock of time.monotonic; math.inf is none. Raises EOFError at the end of
+    Deadlines are on the clock of time.monotonic; inf is none. Raises EOFError at the end of
     the stream, TimeoutError, HttpError for what is not HTTP, or another OSError.
     """
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self.buffer = bytearray()
-        self._timeouts = {socket.SO_RCVTIMEO: math.inf, socket.SO_SNDTIMEO: math.inf}  # as set
+        self._timeouts = {socket.SO_RCVTIMEO: inf, socket.SO_SNDTIMEO: inf}  # as set
 
     def body(self, length: int | None, limit: int, deadline: float) -> bytes:
         """A body of this length; None: in chunks, up to `limit` bytes together."""
@@ -764,14 +765,14 @@ class Wire:
     def _heed(self, deadline: float, option: int) -> None:
         """Makes the next recv or send end at the deadline: by the option, since settimeout() adds a
         poll() to each; TLS heeds nothing else."""
-        left = deadline - time.monotonic()
+        left = deadline - monotonic()
         if left <= 0:
             raise TimeoutError("timed out")
         if isinstance(self.sock, ssl.SSLSocket):
-            self.sock.settimeout(None if left == math.inf else left)
+            self.sock.settimeout(None if left == inf else left)
         # One that is a little too long is kept: nearly every call is spared a system call.
         elif not left <= self._timeouts[option] <= left * 1.02:
-            micros = 0 if left == math.inf else max(1, int(left * 1e6))
+            micros = 0 if left == inf else max(1, int(left * 1e6))
             timeval = struct.pack(_timeval_format(), *divmod(micros, 10**6))
             self.sock.setsockopt(socket.SOL_SOCKET, option, timeval)
             self._timeouts[option] = left
@@ -921,14 +922,14 @@ class Connection(socketserver.BaseRequestHandler):
 
     def finish(self) -> None:
         if isinstance(self.wire.sock, ssl.SSLSocket):  # which the server does not know
-            with contextlib.suppress(OSError, ValueError), self.wire.sock as tls:
+            with suppress(OSError, ValueError), self.wire.sock as tls:
                 tls.settimeout(0)
                 tls.unwrap()  # says goodbye, and does not wait for the answer
 
     def shutdown(self, how: int) -> None:
         """Ends one half of the connection. After SHUT_RD, a request that has arrived already is
         still answered."""
-        with contextlib.suppress(OSError):  # closed meanwhile
+        with suppress(OSError):  # closed meanwhile
             # An SSLSocket's own shutdown() would end its TLS.
             socket.socket.shutdown(self.wire.sock, how)
 
@@ -963,7 +964,7 @@ class Connection(socketserver.BaseRequestHandler):
         head = request.head
         self.doing = f"{head.method} {head.path}"
         response = self.server.api.answer(request)
-        goes_on = self.server.silent_until == math.inf or len(self.wire.buffer) > 0
+        goes_on = self.server.silent_until == inf or len(self.wire.buffer) > 0
         keep_alive = head.keep_alive and goes_on
         try:
             self.server.api.count(head, response.status)
@@ -984,7 +985,7 @@ class Connection(socketserver.BaseRequestHandler):
             if buffer:
                 del buffer[0]
             else:
-                stops_at = max(self.server.silent_until, time.monotonic() + 0.05)
+                stops_at = max(self.server.silent_until, monotonic() + 0.05)
                 self.wire.receive(min(deadline, stops_at))
         self.doing = "reading a request"
 
@@ -1012,7 +1013,7 @@ class Connection(socketserver.BaseRequestHandler):
         self._send(render(error(fault), self.head, keep_alive=False))
         self.shutdown(socket.SHUT_WR)
         self.doing = ""
-        deadline = time.monotonic() + REFUSAL_SECONDS
+        deadline = monotonic() + REFUSAL_SECONDS
         for _ in range(64):
             self.wire.buffer.clear()
             self.wire.receive(deadline)
@@ -1041,7 +1042,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Listens on the configured address. Raises OSError or ConfigError."""
         self.config = config
         self.api = api
-        self.silent_until = math.inf  # in a stop: when a connection without a request is closed
+        self.silent_until = inf  # in a stop: when a connection without a request is closed
         self.connections: dict[Any, Connection | None] = {}  # by socket; None: no thread yet
         self.tls: Renewed[ssl.SSLContext] | None = None
         if config.server_cert_path:
@@ -1066,7 +1067,7 @@ class Server(http.server.ThreadingHTTPServer):
         except OSError as fault:
             if fault.errno in OWN_SHORTAGES:
                 log.tally(ERROR, "accept failed", reason=reason(fault))
-                time.sleep(0.1)  # seconds; without it the loop would spin
+                sleep(0.1)  # seconds; without it the loop would spin
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -1108,12 +1109,12 @@ class Server(http.server.ThreadingHTTPServer):
         """Accepts no more, answers what is in flight, closes silent connections SILENT_SECONDS
         later, and after `timeout` seconds (0: never) cuts what is left. Locks stay with their
         holders."""
-        self.silent_until = time.monotonic() + SILENT_SECONDS
+        self.silent_until = monotonic() + SILENT_SECONDS
         deadline = deadline_after(timeout)
         # Those that the kernel has let in already are served; a flood of later ones is not awaited.
         self.socket.setblocking(False)
         for _ in range(BACKLOG):
-            if time.monotonic() < self.silent_until:
+            if monotonic() < self.silent_until:
                 self.handle_request()
         self.socket.close()
         self.api.service.dismiss_waiting()
@@ -1127,8 +1128,8 @@ class Server(http.server.ThreadingHTTPServer):
             event(WARNING, "connection cut", client=connection.client, doing=doing)
 
     def _await_ends(self, deadline: float) -> None:
-        while self.connections and time.monotonic() < deadline:
-            time.sleep(0.01)  # seconds; and not for a notice, so that a second signal ends it
+        while self.connections and monotonic() < deadline:
+            sleep(0.01)  # seconds; and not for a notice, so that a second signal ends it
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -1166,7 +1167,7 @@ class Api:
         self.service = service
         self._metrics = metrics
         self._lease_headers: dict[str, tuple[Parser, float]] = {  # parser, default
-            "x-lease-ttl": (duration(1, config.max_ttl, math.ceil), min(10, config.max_ttl)),
+            "x-lease-ttl": (duration(1, config.max_ttl, ceil), min(10, config.max_ttl)),
             "x-lease-wait": (duration(0, MAX_WAIT_SECONDS), 0),
             "x-lease-id": (between(1, INT64[-1], whole), 0),
         }
@@ -1538,7 +1539,7 @@ class LockService:
         repetition may have been told."""
         if wanted.lease:
             return
-        with contextlib.suppress(StorageError):  # then it ends with its ttl
+        with suppress(StorageError):  # then it ends with its ttl
             self.storage.release(lease)
             event(INFO, "caller has gone, lock taken back", lease=lease, client=wanted.client)
 
@@ -1570,10 +1571,10 @@ class LockService:
             raise
 
     def _ask_once(self, wanted: LockRequest) -> Timed:
-        started = time.monotonic()
+        started = monotonic()
         key = wanted.key
         grant = self._ask("get", self.storage.acquire, wanted, key=key, client=wanted.client)
-        return grant, time.monotonic() - started
+        return grant, monotonic() - started
 
     def _wait_in_line(self, wanted: LockRequest) -> Timed:
         """Joins the line of this key, and leaves it with an answer. Raises EOFError."""
@@ -1598,14 +1599,14 @@ class LockService:
         grant = None
         took = 0.0
         # A second early: a proxy that cuts at 60 s would otherwise cut the answer.
-        deadline = time.monotonic() + min(wanted.wait, MAX_WAIT_SECONDS - 1)
+        deadline = monotonic() + min(wanted.wait, MAX_WAIT_SECONDS - 1)
         while not self._stopping.is_set():
             if wanted.hung_up():
                 raise EOFError("the caller hung up")
             is_first = line[0] is turn
             if is_first:
                 grant, took = self._ask_once(wanted)
-            left = deadline - time.monotonic()
+            left = deadline - monotonic()
             if grant or left <= 0:
                 break
             if is_first:
@@ -1674,7 +1675,7 @@ class Cache:
     one. A refusal that is asked for while the key is released may be believed for its second."""
 
     def __init__(
-        self, storage: Storage, size: int, metrics: Metrics, clock: Clock = time.monotonic
+        self, storage: Storage, size: int, metrics: Metrics, clock: Clock = monotonic
     ) -> None:
         self._storage = storage
         self._metrics = metrics
@@ -1719,7 +1720,7 @@ class Cache:
         finally:  # with the lease other keys may be free
             self._recall.cache_clear()
 
-    def _samples(self) -> dict[str, float]:
+    def _samples(self) -> Samples:
         info = self._recall.cache_info()
         return {OPERATIONS["evict size_limit"]: info.misses - info.currsize}
 
@@ -1749,7 +1750,7 @@ class MemoryStorage(Storage):
     """A table of locks with a clock, lost with the process: the promise with nothing in the
     way."""
 
-    def __init__(self, clock: Clock = time.monotonic) -> None:
+    def __init__(self, clock: Clock = monotonic) -> None:
         self._clock = clock
         self._mutex = threading.Lock()  # owns all below
         self._locks: dict[str, _Lock] = {}  # by key
@@ -1842,7 +1843,7 @@ class AskedKeys:
     """Which keys this replica was asked for within the hour, in a byte for each of 65,536 hashes
     of keys: nothing grows, and what it forgets or confuses costs a call, never a lock."""
 
-    def __init__(self, clock: Clock = time.monotonic) -> None:
+    def __init__(self, clock: Clock = monotonic) -> None:
         self._clock = clock
         self._mutex = threading.Lock()  # owns the table: of two racers only one is the first
         self._hours = bytearray(1 << 16)  # by hash: the hour of the last question; 0: none
@@ -1881,7 +1882,7 @@ class Operation:
             except StorageError as fault:
                 if isinstance(fault, OutcomeUnknown) and not reads:
                     self.doubt = fault
-                if time.monotonic() >= self.deadline:
+                if monotonic() >= self.deadline:
                     raise self.doubt or NotApplied(str(fault)) from fault
 
     def read(self, call: Callable[[Item, float], Answer], item: Item) -> Answer:
@@ -2070,7 +2071,7 @@ class EtcdStorage(Storage):
             operation.ask(self._gateway.revoke, lease)
         except StorageError:
             if self._doomed.qsize() < MAX_DOOMED:
-                self._doomed.put((time.monotonic() + ttl, lease))
+                self._doomed.put((monotonic() + ttl, lease))
             return False
         return True
 
@@ -2078,12 +2079,12 @@ class EtcdStorage(Storage):
         """Ends the leases that could not be ended at once one by one, so that a slow etcd is not
         made slower."""
         ends, lease = self._doomed.get()
-        if time.monotonic() < ends:
+        if monotonic() < ends:
             try:
                 Operation(self._timeout).ask(self._gateway.revoke, lease)
             except StorageError:  # logged for the member, not for each try
                 self._doomed.put((ends, lease))
-                time.sleep(1)  # second, after a refusal that came at once
+                sleep(1)  # second, after a refusal that came at once
         return True
 
 
@@ -2104,12 +2105,12 @@ class EtcdStorage(Storage):
 # requests/s. While there is no call, the baton of the empty batch is free: A waits for nobody.
 
 
+@dataclass(eq=False)
 class _Entry(Generic[Item]):
     """One caller's question, and then its answer."""
 
-    def __init__(self, item: Item) -> None:
-        self.item = item
-        self.answer: Any = None  # or a StorageError; None: there is none
+    item: Item
+    answer: Any = None  # or a StorageError; None: there is none
 
 
 class _Batch(Generic[Item]):
@@ -2356,7 +2357,7 @@ class Gateway:
             found, more = self._read_page(first, end, deadline)
             locks = []
             for name, holder in found:
-                with contextlib.suppress(UnicodeDecodeError):
+                with suppress(UnicodeDecodeError):
                     locks.append((name[len(KEY_PREFIX) :].decode(), holder))
             if locks or not more:
                 return locks, more
@@ -2477,7 +2478,7 @@ def parse_answer(status: int, text: str, is_stream: bool = False) -> Any:
     lines = text.strip().split("\n") if is_stream else [text]
     answers = []
     if status == 200:
-        with contextlib.suppress(ValueError, RecursionError):
+        with suppress(ValueError, RecursionError):
             answers = json.loads(f"[{','.join(lines)}]")
     # etcd leaves out neither of the three, and one line of many may be an error.
     for line, answer in zip(lines, answers, strict=False):
@@ -2531,7 +2532,7 @@ class Link:
         self.cluster = ""  # the ID of the cluster it leads to
         self.is_open = True
         self.is_kept = False  # it was idle before it was asked
-        self.idle_since = math.inf  # time.monotonic
+        self.idle_since = inf  # time.monotonic
         self.poll = select.poll()  # tells that it was closed, or that something was said unasked
         self.poll.register(sock, select.POLLIN)
         self._wire = Wire(sock)
@@ -2589,14 +2590,14 @@ class Member:
         self.name = name
 
         self.fault: str | None = None  # None: it is well
-        self.failed_at = -math.inf  # time.monotonic
+        self.failed_at = -inf  # time.monotonic
         self.errors = 0
         self.was_well = False  # it has answered once
         self.was_told = False  # its failure is in the log
         self.looked_at = False  # at least once, or in vain
         self.is_new = True  # its first looks are not over
-        self.look_anew_at = -math.inf  # over a new connection
-        self.behind_since = math.inf  # it answers with a lower revision than before
+        self.look_anew_at = -inf  # over a new connection
+        self.behind_since = inf  # it answers with a lower revision than before
         self._idle: list[Link] = []  # append and pop are atomic; the latest used goes first
         # Without a leader a member says so at once, and has not applied the call (etcd-io/etcd
         # 10819).
@@ -2612,7 +2613,7 @@ class Member:
                 return None
             link.is_kept = True
             # Each system call lets 150 threads fight for Python: none just after the last use.
-            is_fresh = time.monotonic() < link.idle_since + FRESH_SECONDS
+            is_fresh = monotonic() < link.idle_since + FRESH_SECONDS
             if cluster_id in ("", link.cluster) and (is_fresh or not link.poll.poll(0)):
                 return link
             link.close()
@@ -2620,14 +2621,14 @@ class Member:
     def give_back(self, link: Link, at_most: int = MAX_IDLE) -> None:
         """Keeps a connection that can still be used, unless so many are kept already."""
         if link.is_open and len(self._idle) < at_most:
-            link.idle_since = time.monotonic()
+            link.idle_since = monotonic()
             self._idle.append(link)
         else:
             link.close()
 
-    def hang_up(self, unused_since: float = math.inf) -> None:
+    def hang_up(self, unused_since: float = inf) -> None:
         """Closes the kept connections that were not used since then; by default all."""
-        with contextlib.suppress(IndexError):  # none is left
+        with suppress(IndexError):  # none is left
             while self._idle[0].idle_since < unused_since:
                 self._idle.pop(0).close()
 
@@ -2648,7 +2649,7 @@ class Member:
             text = reason(fault)
             ours = getattr(fault, "errno", None) in OWN_SHORTAGES
             if ours:
-                time.sleep(PAUSE_SECONDS)
+                sleep(PAUSE_SECONDS)
             if self.endpoint.tls and isinstance(fault, ConnectionResetError):
                 text += "; is it http?"
             raise NotApplied(text, sick=not ours) from fault
@@ -2698,7 +2699,7 @@ class Cluster:
         self.id = ""  # of ours, for life; empty before the first grant
         self.members: tuple[Member, ...] = ()  # replaced, never changed
         self.conflict = ""  # while two clusters are known: what to say, and do, about it
-        self.first_looks_end = math.inf  # grants wait for the first looks, but not longer
+        self.first_looks_end = inf  # grants wait for the first looks, but not longer
         self.revision = 0  # the highest that our cluster has answered, or the only one known
         self._mutex = threading.Lock()  # owns all between here and the sources, and members' health
         self._meetings: dict[str, Meeting] = {}  # by the ID of the cluster
@@ -2708,11 +2709,11 @@ class Cluster:
     def require_one(self, deadline: float) -> None:
         """Waits for the first looks, but no longer than first_looks_end. Raises Refused while two
         clusters are known."""
-        while time.monotonic() < min(deadline, self.first_looks_end):
+        while monotonic() < min(deadline, self.first_looks_end):
             if not self._unresolved and all(member.looked_at for member in self.members):
-                self.first_looks_end = -math.inf
+                self.first_looks_end = -inf
             else:
-                time.sleep(0.01)
+                sleep(0.01)
         if self.conflict:
             raise Refused(self.conflict)
 
@@ -2732,21 +2733,21 @@ class Cluster:
         """The first member, which is sick only if all are: then after a pause. Raises
         NotApplied."""
         while True:
-            now = time.monotonic()
+            now = monotonic()
             first = next(iter(self.members), None)
             if first and (first.fault is None or first.failed_at + PAUSE_SECONDS <= now < deadline):
                 return first
             if now >= deadline:
                 text = f"{first.name}: {first.fault}" if first else "no address is known yet"
                 raise NotApplied(text)
-            time.sleep(min(PAUSE_SECONDS / 4, deadline - now))
+            sleep(min(PAUSE_SECONDS / 4, deadline - now))
 
     def note_look(
         self, member: Member, cluster_id: str, revision: int, before: int, is_new: bool
     ) -> None:
         """What a look has met, over a new connection or a kept one; `before` is the revision that
         was known when it was sent. Raises ForeignCluster."""
-        now = time.monotonic()
+        now = monotonic()
         with self._mutex:
             met = self._meetings.setdefault(cluster_id, Meeting())
             met.member = member.name
@@ -2766,7 +2767,7 @@ class Cluster:
                 self.revision = 0
             if went_back or revision >= before:
                 self.note_revision(revision)
-                member.behind_since = math.inf
+                member.behind_since = inf
             else:
                 member.behind_since = min(member.behind_since, now)
         if went_back:
@@ -2820,7 +2821,7 @@ class Cluster:
             member.was_told = member.was_told or is_news
             member.errors += 1
             member.fault = str(fault)
-            member.failed_at = time.monotonic()
+            member.failed_at = monotonic()
             self.members = tuple(sorted(self.members, key=lambda one: one is member))
         level = WARNING if is_news else DEBUG
         event(level, "etcd member failed", member=member.name, reason=fault)
@@ -2847,8 +2848,8 @@ class Cluster:
         beside = [one.host for one in self.members if one.endpoint == member.endpoint]
         return member.host == "::1" and "127.0.0.1" in beside and not member.was_well
 
-    def _samples(self) -> dict[str, float]:
-        found: dict[str, float] = {"shared_lock_etcd_foreign_cluster": int(bool(self.conflict))}
+    def _samples(self) -> Samples:
+        found: Samples = {"shared_lock_etcd_foreign_cluster": int(bool(self.conflict))}
         for one in self.members:
             if not self._is_spare(one):
                 is_up = one.was_well and one.fault is None
@@ -2886,7 +2887,7 @@ class Session:
 
     def start(self) -> None:
         """Begins to look after the members."""
-        self.cluster.first_looks_end = time.monotonic() + self._timeout / 2
+        self.cluster.first_looks_end = monotonic() + self._timeout / 2
         for endpoint in self._endpoints:
             keep_running(f"name-{endpoint}", functools.partial(self._follow_name, endpoint))
 
@@ -2918,7 +2919,7 @@ class Session:
         What the call finds doubtful is only believed after a linearizable read over the same
         connection: a member that was frozen says for some milliseconds that leases are gone which
         are alive."""
-        share_ends = time.monotonic() + share
+        share_ends = monotonic() + share
         until = min(share_ends, deadline)
         login = self._login.header
         try:
@@ -2957,12 +2958,12 @@ class Session:
     def _exchange(self, link: Link, call: Call[Answer], payload: Any, until: float) -> Answer:
         """What the call reads in the answer to one question; the cluster hears of it."""
         before = self.cluster.revision
-        started = time.monotonic()
+        started = monotonic()
         if started >= until:
             raise NotApplied("no time was left to ask it", sick=False)
         head = f"{call.line} HTTP/1.1\r\n{link.member.headers}{self._login.header}"
         status, text = link.ask(head, to_body(payload), until, call.max_bytes)
-        took = time.monotonic() - started
+        took = monotonic() - started
         usual = self._usual.get(call.writes, took)
         self._usual[call.writes] = usual + (took - usual) / 4  # a running mean
         answer = parse_answer(status, text, isinstance(payload, list))
@@ -2979,7 +2980,7 @@ class Session:
         link.cluster = link.cluster or cluster_id
         if link.cluster != cluster_id:  # a proxy that shares it among two clusters
             link.close()
-            with contextlib.suppress(ForeignCluster):
+            with suppress(ForeignCluster):
                 self.cluster.note_look(link.member, cluster_id, 0, 0, is_new=True)
             raise OutcomeUnknown(f"it answers for another cluster, too, {cluster_id}")
         if call is LOOK:
@@ -2998,7 +2999,7 @@ class Session:
             log_in = functools.partial(self._log_in, member, until)
             verdict = self._login.renew(login, log_in, until)
         # By the caller's own deadline: that says nothing about the member.
-        was_cut_short = until < share_ends and time.monotonic() >= until
+        was_cut_short = until < share_ends and monotonic() >= until
         if verdict.sick and not was_cut_short:
             self.cluster.mark_sick(member, verdict)
         return type(verdict)(f"{member.name}: {verdict}", verdict.sick, verdict.code)
@@ -3014,14 +3015,14 @@ class Session:
         """Keeps the members at what the endpoint's name says now. In a thread of its own, since a
         name server that does not answer holds getaddrinfo() for long."""
         hosts: set[str] = set()
-        with contextlib.suppress(OSError, UnicodeError):
+        with suppress(OSError, UnicodeError):
             found = socket.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM)
             hosts = {str(info[4][0]) for info in found}
         for member in self.cluster.update(endpoint, hosts):
             keep_running(f"look-{member.name}", functools.partial(self._look_after, member))
-        again_at = time.monotonic() + NEW_LOOK_SECONDS
-        while time.monotonic() < again_at:
-            time.sleep(LOOK_SECONDS)
+        again_at = monotonic() + NEW_LOOK_SECONDS
+        while monotonic() < again_at:
+            sleep(LOOK_SECONDS)
             if any(one.fault for one in self.cluster.members if one.endpoint == endpoint):
                 break
         return True
@@ -3031,24 +3032,24 @@ class Session:
         if member not in self.cluster.members:
             member.hang_up()
             return False
-        now = time.monotonic()
+        now = monotonic()
         member.hang_up(now - MAX_IDLE_SECONDS)
         anew = bool(self.cluster.conflict) or member.is_new or now >= member.look_anew_at
         if anew:
             member.look_anew_at = now + NEW_LOOK_SECONDS
-        with contextlib.suppress(StorageError):  # noted at the member
+        with suppress(StorageError):  # noted at the member
             for _ in range(FIRST_LOOKS if member.is_new else 1):
-                self._try(member, LOOK, NOBODYS_KEY, math.inf, self._timeout, anew)
+                self._try(member, LOOK, NOBODYS_KEY, inf, self._timeout, anew)
             if member.is_new:
                 member.is_new = False
                 self._check_release(member)
         member.looked_at = True
-        time.sleep(LOOK_SECONDS)
+        sleep(LOOK_SECONDS)
         return True
 
     def _check_release(self, member: Member) -> None:
         """Warns of releases that renew, or read, what is stale after a freeze."""
-        release = self._try(member, RELEASE, {}, math.inf, self._timeout)[:40]
+        release = self._try(member, RELEASE, {}, inf, self._timeout)[:40]
         numbers = [int(number) for number in re.findall("[0-9]{1,6}", release)]
         at_least = GOOD_RELEASES.get(tuple(numbers[:2]), 0)
         if numbers[:2] < [3, 4] or numbers[2:3] < [at_least]:
@@ -3066,7 +3067,7 @@ class Login:
         self.header = ""  # empty before the first log-in
         self._mutex = threading.Lock()  # held during a log-in; only its holder writes what is here
         self._refusal: Refused | None = None
-        self._again_at = -math.inf
+        self._again_at = -inf
 
     def is_wanted_after(self, fault: StorageError) -> bool:
         """Whether etcd asks for a log-in with this error."""
@@ -3080,7 +3081,7 @@ class Login:
         if not self._mutex.acquire(timeout=seconds_until(deadline)):
             return NotApplied("timed out behind a log-in", sick=False)
         try:
-            if self.header == used and time.monotonic() > self._again_at:
+            if self.header == used and monotonic() > self._again_at:
                 self.header = ""  # etcd 3.4 refuses an old one even here
                 self.header = f"Authorization: {log_in()}\r\n"
                 self._refusal = None
@@ -3088,7 +3089,7 @@ class Login:
             if self._refusal is None:
                 event(WARNING, "etcd log-in refused", reason=refusal)
             self._refusal = refusal
-            self._again_at = time.monotonic() + LOOK_SECONDS
+            self._again_at = monotonic() + LOOK_SECONDS
         except StorageError as fault:  # what asked for the log-in was not applied
             return NotApplied(str(fault), fault.sick)
         finally:
@@ -3132,6 +3133,7 @@ FAMILIES = {
     "process_max_fds": ("gauge", "How many file descriptors may be open."),
 }
 _STARTED_SECONDS = time.time()
+Samples = dict[str, float]  # as a page shows them: the number of each
 
 
 def sample(name: str, **labels: object) -> str:
@@ -3173,8 +3175,8 @@ class Metrics:
 
     def __init__(self) -> None:
         self._mutex = threading.Lock()  # owns the numbers
-        self._numbers: dict[str, float] = dict.fromkeys([*OPERATIONS, *_BUCKETS, _SUM], 0)
-        self.sources: list[Callable[[], Mapping[str, float]]] = [_process_samples]
+        self._numbers: Samples = dict.fromkeys([*OPERATIONS, *_BUCKETS, _SUM], 0)
+        self.sources: list[Callable[[], Samples]] = [_process_samples]
 
     def count(self, counted: str) -> None:
         """One more of this sample, or of these OPERATIONS."""
@@ -3208,7 +3210,7 @@ class Metrics:
         return page
 
 
-def _process_samples() -> dict[str, float]:
+def _process_samples() -> Samples:
     found = {
         "shared_lock_log_lines_dropped_total": log.dropped,
         sample("shared_lock_build_info", version=VERSION): 1,
@@ -3216,7 +3218,7 @@ def _process_samples() -> dict[str, float]:
         "process_cpu_seconds_total": time.process_time(),
         "process_max_fds": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
     }
-    with contextlib.suppress(OSError):  # no /proc, or no descriptor left for it
+    with suppress(OSError):  # no /proc, or no descriptor left for it
         with open("/proc/self/statm") as statm:
             pages = int(statm.read().split()[1])
         found["process_resident_memory_bytes"] = pages * os.sysconf("SC_PAGE_SIZE")
@@ -3252,9 +3254,9 @@ def _sample_stacks(seconds: int) -> Mapping[Stack, int]:
     function (flat) is not."""
     samples: collections.Counter[Stack] = collections.Counter()
     before = _cpu_nanos()
-    ends = time.monotonic() + seconds
-    while time.monotonic() < ends:
-        time.sleep(0.01)
+    ends = monotonic() + seconds
+    while monotonic() < ends:
+        sleep(0.01)
         used = _cpu_nanos()
         frames = sys._current_frames()
         for thread, nanos in used.items():
@@ -3271,7 +3273,7 @@ def _cpu_nanos() -> dict[threading.Thread, int]:
         # The number of its clock as glibc makes it of the kernel's ID (CPUCLOCK_PERTHREAD, SCHED):
         # time.pthread_getcpuclockid() may crash on a thread that has ended.
         clock = ~(thread.native_id or 0) << 3 | 6
-        with contextlib.suppress(OSError):  # it has just ended
+        with suppress(OSError):  # it has just ended
             used[thread] = time.clock_gettime_ns(clock)
     return used
 
@@ -3353,13 +3355,13 @@ class Stop:
     """What the signals said."""
 
     def __init__(self) -> None:
-        self.first_at = math.inf  # time.monotonic; none came
+        self.first_at = inf  # time.monotonic; none came
         for number in STOP_SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
                 signal.signal(number, self._note)
 
     def _note(self, number: int, frame: object) -> None:
-        now = time.monotonic()
+        now = monotonic()
         if now >= self.first_at + TWICE_SECONDS:
             os._exit(128 + number)
         self.first_at = min(self.first_at, now)
@@ -3373,14 +3375,14 @@ def be_quick() -> None:
     # Seconds. Among short bursts a forced switch only delays: without this, p99 of refusals is 56
     # to 84 ms, not 42.
     sys.setswitchinterval(0.02)
-    with contextlib.suppress(AttributeError, OSError):  # not Linux, or not allowed
+    with suppress(AttributeError, OSError):  # not Linux, or not allowed
         os.sched_setaffinity(0, {random.choice(sorted(os.sched_getaffinity(0)))})
 
 
 def keep_little_memory() -> None:
     """glibc keeps most of what a crowd once needed, below thresholds that grow with its blocks;
     with fixed ones it gives that back."""
-    with contextlib.suppress(ImportError, OSError, AttributeError):  # another libc
+    with suppress(ImportError, OSError, AttributeError):  # another libc
         import ctypes
 
         mallopt = ctypes.CDLL(None).mallopt
@@ -3395,7 +3397,7 @@ def serve(config: Config) -> int:
     be_quick()
     keep_little_memory()
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # the soft limit is often 1,024
-    with contextlib.suppress(OSError, ValueError):  # not allowed: as many as before
+    with suppress(OSError, ValueError):  # not allowed: as many as before
         resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
     metrics = Metrics()
     api = Api(LockService(open_storage(config, metrics), metrics), metrics, config)
@@ -3411,7 +3413,7 @@ def serve(config: Config) -> int:
         return 1
     tell_start(config, server)
     api.service.storage.start()
-    while stop.first_at == math.inf:
+    while stop.first_at == inf:
         server.handle_request()
         log.tell_tallies()
     event(INFO, "stopping")

@@ -2705,8 +2705,7 @@ def renewals(daemon: Daemon) -> list[str]:
 def jump(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Sets the module's clock forward, which stands still otherwise."""
     now = [100.0]
-    clock = types.SimpleNamespace(**{**vars(time), "monotonic": lambda: now[0]})
-    monkeypatch.setattr(shared_lock, "time", clock)
+    monkeypatch.setattr(shared_lock, "monotonic", lambda: now[0])
 
     def jump(seconds: float) -> None:
         now[0] += seconds
