@@ -6853,6 +6853,55 @@ def test_connections_to_etcd_that_a_crowd_needed_are_closed_when_nobody_uses_the
     assert eventually(lambda: daemon.descriptors() <= before)
 
 
+def test_a_member_whose_name_has_no_address_is_not_looked_for_on_this_machine() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as another:
+        endpoint = shared_lock.Address("etcd", another.getsockname()[1])
+        member = shared_lock.Member(endpoint, "", endpoint.url())
+
+        with pytest.raises(shared_lock.NotApplied, match=r"^its name has no address$"):
+            member.connect(None, soon())
+
+
+def test_a_tls_handshake_has_the_time_that_the_connection_left(
+    jump: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    near, far = socket.socketpair()
+    left: list[float | None] = []
+
+    def connect(address: tuple[str, int], timeout: float) -> socket.socket:
+        jump(3)
+        near.settimeout(timeout)
+        return near
+
+    def wrap(sock: socket.socket, server_hostname: str) -> socket.socket:
+        left.append(sock.gettimeout())
+        return sock
+
+    monkeypatch.setattr(socket, "create_connection", connect)
+    monkeypatch.setattr(socket.socket, "setsockopt", lambda *_: None)  # it is no TCP
+    tls: Any = types.SimpleNamespace(get=lambda: types.SimpleNamespace(wrap_socket=wrap))
+    member = shared_lock.Member(shared_lock.Address("etcd", 2379, True), "127.0.0.1", "m")
+
+    link = member.connect(tls, shared_lock.deadline_after(5))
+
+    assert left == [pytest.approx(2)]
+    link.close()
+    far.close()
+
+
+def test_of_connections_that_were_opened_for_looks_one_is_kept() -> None:
+    member = Met().member
+    pairs = [socket.socketpair() for _ in range(3)]
+    links = [shared_lock.Link(near, member) for near, _ in pairs]
+
+    for link in links:
+        member.give_back(link, 1)
+
+    assert [link.is_open for link in links] == [True, False, False]
+    for sock in itertools.chain.from_iterable(pairs):
+        sock.close()
+
+
 def test_a_reset_by_a_member_that_was_well_is_told_without_a_guess() -> None:
     near, far = socket.socketpair()
     member = Met().member
