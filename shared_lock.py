@@ -2646,13 +2646,10 @@ class Member:
                 sock = tls.get().wrap_socket(sock, server_hostname=name)
             sock.settimeout(None)
         except (OSError, ValueError) as fault:
-            text = reason(fault)
             ours = getattr(fault, "errno", None) in OWN_SHORTAGES
             if ours:
                 sleep(PAUSE_SECONDS)
-            if self.endpoint.tls and isinstance(fault, ConnectionResetError):
-                text += "; is it http?"
-            raise NotApplied(text, sick=not ours) from fault
+            raise NotApplied(reason(fault), sick=not ours) from fault
         return Link(sock, self)
 
 

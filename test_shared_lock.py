@@ -6889,6 +6889,62 @@ def test_a_tls_handshake_has_the_time_that_the_connection_left(
     far.close()
 
 
+@pytest.mark.parametrize(
+    "is_kept, says, told, is_sick",
+    [
+        (True, b"", r"^the connection was closed$|reset", False),
+        (True, b"HTTP/1.1 200", r"is it https\?; does this port speak gRPC only", True),
+        (False, b"", r"is it https\?; does this port speak gRPC only", True),
+        (False, b"\0\0\6\4\r\n\r\n", r"^not HTTP: .* gRPC only", True),
+        (False, ssl.SSLEOFError(8, "EOF"), "^TLS: it hung up; does it accept our cert", True),
+    ],
+)
+def test_a_connection_that_breaks_is_the_members_fault_unless_it_had_idled(
+    is_kept: bool, says: Any, told: str, is_sick: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    near, far = socket.socketpair()
+    member = Met().member
+    idle = shared_lock.Link(socket.socket(), member)
+    member.give_back(idle)
+    link = shared_lock.Link(near, member)
+    link.is_kept = is_kept
+    if isinstance(says, bytes):
+        far.sendall(says)
+        far.shutdown(socket.SHUT_WR)
+    else:
+
+        def fail(*_: object) -> Any:
+            raise says
+
+        monkeypatch.setattr(shared_lock.Wire, "send", fail)
+
+    with pytest.raises(shared_lock.OutcomeUnknown, match=told) as fault:
+        link.ask("GET / HTTP/1.1\r\n", b"", soon(), 100)
+
+    assert fault.value.sick is is_sick
+    assert idle.is_open is is_sick  # those of the same age have ended, too
+    for sock in (near, far):
+        sock.close()
+    idle.close()
+
+
+def test_an_answer_that_ends_its_connection_or_failed_leaves_no_connection_to_keep() -> None:
+    for head, stays in [
+        (b"200 OK", True),
+        (b"200 OK\r\nConnection: close", False),
+        (b"408 Request Timeout", False),
+    ]:
+        near, far = socket.socketpair()
+        link = shared_lock.Link(near, Met().member)
+        far.sendall(b"HTTP/1.1 " + head + b"\r\nContent-Length: 2\r\n\r\n{}")
+
+        status, text = link.ask("GET / HTTP/1.1\r\n", b"", soon(), 100)
+
+        assert (status, text, link.is_open) == (int(head[:3]), "{}", stays)
+        link.close()
+        far.close()
+
+
 def test_of_connections_that_were_opened_for_looks_one_is_kept() -> None:
     member = Met().member
     pairs = [socket.socketpair() for _ in range(3)]
@@ -6902,11 +6958,13 @@ def test_of_connections_that_were_opened_for_looks_one_is_kept() -> None:
         sock.close()
 
 
-def test_a_reset_by_a_member_that_was_well_is_told_without_a_guess() -> None:
+@pytest.mark.parametrize("known", ["member", "connection"])
+def test_a_reset_by_who_has_answered_before_is_told_without_a_guess(known: str) -> None:
     near, far = socket.socketpair()
     member = Met().member
-    member.was_well = True
+    member.was_well = known == "member"
     link = shared_lock.Link(near, member)
+    link.cluster = "1" if known == "connection" else ""
     far.close()
 
     with pytest.raises(shared_lock.OutcomeUnknown) as fault:
