@@ -1155,7 +1155,7 @@ MAX_LIST_BYTES = 256 << 10  # of a page; control characters are six times as lon
 MAX_PARAMETERS = 8  # of a query
 MAX_DEPTH = 100  # of a JSON body: CPython keeps up to 8 MiB of stack for a deeper one
 PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
-LEASE_LIVES_ON = "its lease holds keys of others and lives on: the holder is not told"
+
 Handler = Callable[[Request], Response]
 
 
@@ -1291,7 +1291,8 @@ class Api:
         if freed is Freed.OTHER_HOLDER:
             raise HttpError(f'if-match: the holder has another token: "{token}"', 412)
         if freed is Freed.LEASE_LIVES:
-            return Response(200, f"freed; {LEASE_LIVES_ON}\n".encode())
+            text = b"freed; its lease holds keys of others and lives on: the holder is not told\n"
+            return Response(200, text)
         return Response(200, b"freed\n")
 
     def look(self, request: Request) -> Response:

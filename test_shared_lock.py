@@ -6826,6 +6826,17 @@ def test_each_new_connection_begins_with_a_look_and_eight_are_looked_at_before_a
     assert set(proxy.first) == {Proxy.LOOK}
 
 
+def test_of_the_connections_that_were_made_to_look_few_stay_open(
+    proxy: Proxy, start: Start
+) -> None:
+    without_etcd = start("mock").descriptors()
+
+    daemon = start(proxy.url)
+    eventually(lambda: len(proxy.first) >= 8)
+
+    assert eventually(lambda: daemon.descriptors() <= without_etcd + 4)
+
+
 def test_first_looks_that_break_off_are_made_once_more(
     own_etcd: Etcd, start: Start, key: str
 ) -> None:
