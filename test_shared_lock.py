@@ -6392,6 +6392,72 @@ def test_a_slow_etcd_is_not_a_sick_one(cluster: Cluster, start: Start, key: str)
         assert "etcd member failed" not in daemon.log()
 
 
+def session_of(port: int, timeout: str = "5s") -> shared_lock.Session:
+    """A session with one member, which nobody looks after."""
+    env = {"ETCD_ADDR_LIST": f"127.0.0.1:{port}", "ETCD_TIMEOUT": timeout}
+    config = shared_lock.Config.from_env({f"SHARED_LOCK_{name}": env[name] for name in env})
+    session = shared_lock.Session(config, shared_lock.Metrics())
+    session.cluster.update(config.etcd_addr_list[0], {"127.0.0.1"})
+    return session
+
+
+def test_a_try_may_take_as_long_as_three_calls_took_lately(
+    jump: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = session_of(1)
+    near, far = socket.socketpair()
+    session.cluster.members[0].give_back(shared_lock.Link(near, session.cluster.members[0]))
+    took = 0.0
+    shares = []
+
+    def answer(link: object, head: str, body: bytes, deadline: float, limit: int) -> Any:
+        shares.append(deadline - vars(shared_lock)["monotonic"]())
+        jump(took)
+        return 200, '{"header": {"cluster_id": "1", "revision": "1"}}'
+
+    def last_share(*durations: float, call: shared_lock.Call[Any] = shared_lock.HELD) -> Any:
+        nonlocal took
+        for took in durations:
+            session.post(call, json={}, deadline=math.inf)
+        return pytest.approx(shares[-1], rel=0.01)
+
+    monkeypatch.setattr(shared_lock.Link, "ask", answer)
+
+    half_of_the_timeout = 2.5
+    assert last_share(*[0.001] * 9) == half_of_the_timeout
+    assert last_share(2.4, 0.001) == half_of_the_timeout  # one slow call says little
+    assert last_share(*[1.4] * 20) == 3 * 1.4
+    assert last_share(0.001, call=shared_lock.REVOKE) == 3 * 1.4  # no less than a read
+    assert last_share(*[0.001] * 9) == half_of_the_timeout
+    near.close()
+    far.close()
+
+
+def test_what_was_never_sent_was_not_applied_and_gives_no_member_a_bad_name() -> None:
+    session = session_of(1)
+    [member] = session.cluster.members
+    near, far = socket.socketpair()
+    link = shared_lock.Link(near, member)
+    member.give_back(link)
+
+    with pytest.raises(shared_lock.NotApplied, match="no time was left"):
+        session.post(shared_lock.REVOKE, json={"ID": 1}, deadline=time.monotonic() - 1)
+
+    assert link.is_open
+    assert member.fault is None
+    link.close()
+    assert far.recv(1) == b""
+    far.close()
+
+
+def test_a_write_whose_new_connection_could_not_be_looked_at_was_not_applied() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        session = session_of(silent.getsockname()[1], "300ms")
+
+        with pytest.raises(shared_lock.NotApplied, match="timed out"):
+            session.post(shared_lock.REVOKE, json={"ID": 1}, deadline=soon())
+
+
 def test_a_caller_with_little_time_left_gives_no_healthy_member_a_bad_name(
     on_etcd: Daemon, proxy: Proxy, start: Start, key: str
 ) -> None:
