@@ -171,9 +171,10 @@ log = Log()
 event = log.event
 
 
-def log_defect(fault: BaseException, **shown: object) -> None:
-    """An error of our own: what it is, and the line where it came up."""
-    frame = traceback.extract_tb(fault.__traceback__)[-1]
+def log_defect(**shown: object) -> None:
+    """The error that is being handled is our own: what it is, and the line where it came up."""
+    _, fault, trace = sys.exc_info()
+    frame = traceback.extract_tb(trace)[-1]
     at = f"{os.path.basename(frame.filename)}:{frame.lineno}"
     event(ERROR, "internal error", error=repr(fault), at=at, **shown)
 
@@ -292,8 +293,9 @@ def deadline_after(timeout: float) -> float:
 
 
 def seconds_until(deadline: float) -> float:
-    """As a timeout; none is 0 or less, which some calls take for none."""
-    return max(0.001, deadline - monotonic())
+    """As a timeout: none is 0, which some calls take for no limit, or longer than poll() counts
+    (2^31 ms)."""
+    return min(max(0.001, deadline - monotonic()), 10**6)
 
 
 def reason(fault: BaseException) -> str:
@@ -321,8 +323,8 @@ def keep_running(name: str, step: Callable[[], bool]) -> None:
             try:
                 if not step():
                     return
-            except Exception as fault:
-                log_defect(fault, thread=name)
+            except Exception:
+                log_defect(thread=name)
                 sleep(1)  # second
 
     threading.Thread(target=run, name=name, daemon=True).start()
@@ -505,7 +507,7 @@ class Config:
             if tls and one.tls is False:
                 text = "not https://, or without a scheme, as SHARED_LOCK_ETCD_TLS=true wants it"
                 raise ConfigError(f"{variable('etcd_addr_list')}: {text}: {quote(one.url())}")
-        given["etcd_addr_list"] = tuple(one._replace(tls=any((tls, one.tls))) for one in addresses)
+        given["etcd_addr_list"] = tuple(one._replace(tls=tls or bool(one.tls)) for one in addresses)
         return cls(**given)
 
     def unused_files(self) -> list[str]:
@@ -631,6 +633,8 @@ _RECEIVE_BYTES = 16 << 10  # one recv; nearly every message is smaller
 _TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110, 5.6.2
 _HEADER = re.compile(rf"({_TOKEN}):([^\x00-\x08\x0a-\x1f\x7f]*)")
 _CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?")
+# 66 is SO_RCVTIMEO_NEW, which 32-bit ARM has where its time has 64 bits.
+_TIMEVAL = "qq" if socket.SO_RCVTIMEO == 66 else "ll"
 
 
 def parse_headers(lines: Iterable[str]) -> dict[str, str]:
@@ -671,17 +675,6 @@ def chunk_size(line: bytes) -> int:
     if not match:
         raise HttpError(f"not the size of a chunk: {quote(line.decode('latin-1'))}")
     return int(match[1], 16)
-
-
-@functools.cache
-def _timeval_format() -> str:
-    """Of SO_RCVTIMEO: 64-bit numbers, too, on a 32-bit ARM whose time has 64 bits."""
-    with socket.socket() as sock:
-        try:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 1, 0))
-        except OSError:
-            return "qq"
-    return "ll"
 
 
 class Wire:
@@ -727,7 +720,7 @@ class Wire:
                     raise HttpError("a line ends in a line feed without a carriage return")
             searched = max(0, len(buffer) - len(HEAD_END) + 1)
             self.receive(deadline)
-        if not 0 <= end <= MAX_HEAD_BYTES:
+        if end < 0 or end > MAX_HEAD_BYTES:
             what, status = TOO_LONG[mark]
             raise HttpError(f"{what} is longer than {MAX_HEAD_BYTES} bytes", status)
         found = bytes(buffer[:end])
@@ -765,15 +758,15 @@ class Wire:
     def _heed(self, deadline: float, option: int) -> None:
         """Makes the next recv or send end at the deadline: by the option, since settimeout() adds a
         poll() to each; TLS heeds nothing else."""
-        left = deadline - monotonic()
-        if left <= 0:
+        if deadline <= monotonic():
             raise TimeoutError("timed out")
-        if isinstance(self.sock, ssl.SSLSocket):
-            self.sock.settimeout(None if left == inf else left)
+        left = seconds_until(deadline)
         # One that is a little too long is kept: nearly every call is spared a system call.
-        elif not left <= self._timeouts[option] <= left * 1.02:
-            micros = 0 if left == inf else max(1, int(left * 1e6))
-            timeval = struct.pack(_timeval_format(), *divmod(micros, 10**6))
+        is_near = left <= self._timeouts[option] <= left * 1.02
+        if isinstance(self.sock, ssl.SSLSocket):
+            self.sock.settimeout(left)
+        elif not is_near:
+            timeval = struct.pack(_TIMEVAL, *divmod(int(left * 1e6), 10**6))
             self.sock.setsockopt(socket.SOL_SOCKET, option, timeval)
             self._timeouts[option] = left
 
@@ -936,8 +929,8 @@ class Connection(socketserver.BaseRequestHandler):
     def _shake_hands(self, context: ssl.SSLContext) -> bool:
         """In our own thread, where a caller that never shakes hands stops nobody else. False
         where the caller speaks plain HTTP, which is refused in plain HTTP."""
-        timeout = self.server.config.server_read_timeout or None
-        self.request.settimeout(timeout)
+        deadline = deadline_after(self.server.config.server_read_timeout)
+        self.request.settimeout(seconds_until(deadline))
         first = self.request.recv(1, socket.MSG_PEEK)
         if not first:
             raise EOFError("a probe")
@@ -947,7 +940,7 @@ class Connection(socketserver.BaseRequestHandler):
             return self._refuse(HttpError("this port speaks TLS: use https://"))
         tls = context.wrap_socket(self.request, server_side=True, do_handshake_on_connect=False)
         self.wire.sock = tls  # before it shakes hands, so that a stop can end that
-        tls.settimeout(timeout)
+        tls.settimeout(seconds_until(deadline))
         tls.do_handshake()
         return True
 
@@ -1079,9 +1072,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.connections.pop(request, None)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        fault = sys.exception()
-        if fault:
-            log_defect(fault, doing="a connection")
+        log_defect(doing="a connection")
 
     def admit(self, head: Head, client: str) -> bool:
         """Whether the request shows a token, or none is needed. Raises HttpError where it must,
@@ -1096,8 +1087,8 @@ class Server(http.server.ThreadingHTTPServer):
             log.tally(ERROR, "no token in the file, everybody is refused")
         scheme, _, given = head.headers.get("authorization", "").partition(" ")
         shown = given.strip().encode("utf-8", "surrogateescape")
-        known = [secrets.compare_digest(shown, token) for token in tokens]  # all: constant time
-        if scheme.lower() == "bearer" and any(known):
+        matches = [secrets.compare_digest(shown, token) for token in tokens]  # all: constant time
+        if scheme.lower() == "bearer" and any(matches):
             return True
         if open_to_all:
             return False
@@ -1112,7 +1103,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.silent_until = monotonic() + SILENT_SECONDS
         deadline = deadline_after(timeout)
         # Those that the kernel has let in already are served; a flood of later ones is not awaited.
-        self.socket.setblocking(False)
+        self.socket.setblocking(False)  # so that handle_request() waits for nobody
         for _ in range(BACKLOG):
             if monotonic() < self.silent_until:
                 self.handle_request()
@@ -1166,11 +1157,13 @@ class Api:
     def __init__(self, service: LockService, metrics: Metrics, config: Config) -> None:
         self.service = service
         self._metrics = metrics
-        self._lease_headers: dict[str, tuple[Parser, float]] = {  # parser, default
-            "x-lease-ttl": (duration(1, config.max_ttl, ceil), min(10, config.max_ttl)),
-            "x-lease-wait": (duration(0, MAX_WAIT_SECONDS), 0),
-            "x-lease-id": (between(1, INT64[-1], whole), 0),
+        self._lease_headers = {
+            "x-lease-ttl": duration(1, config.max_ttl, ceil),
+            "x-lease-wait": duration(0, MAX_WAIT_SECONDS),
+            "x-lease-id": between(1, INT64[-1], whole),
         }
+        ttl = min(10, config.max_ttl)
+        self._defaults = {"x-lease-ttl": ttl, "x-lease-wait": 0, "x-lease-id": 0}
         self._options = functools.lru_cache(maxsize=1024)(self._parse_options)
         self._routes: dict[str, dict[str, Handler]] = {
             "/lease": {"POST": self.acquire, "DELETE": self.release, "GET": self.look},
@@ -1197,8 +1190,8 @@ class Api:
             response = error(HttpError(f"storage failed: {fault}", 500))
         except EOFError:
             raise
-        except Exception as fault:  # a defect; the caller deserves an answer all the same
-            log_defect(fault, path=head.path)
+        except Exception:  # a defect; the caller deserves an answer all the same
+            log_defect(path=head.path)
             text = "outcome unknown: internal error: see the log of shared-lock"
             response = error(HttpError(text, 500))
         shown = {"client": request.client, "method": head.method, "path": head.path}
@@ -1210,7 +1203,7 @@ class Api:
         methods = self._routes.get(head.path, {})
         path = head.path if methods else "other"
         method = head.method if head.method in methods else "other"
-        self._metrics.count(request_sample(path, method, status))
+        self._metrics.count(sample(REQUESTS, path=path, method=method, code=status))
 
     def _handler(self, head: Head) -> Handler:
         methods = self._routes.get(head.path)
@@ -1248,12 +1241,12 @@ class Api:
         return Response(202, b"0")
 
     def _parse_options(self, headers: Pairs) -> list[Any]:
-        options: dict[str, Any] = {name: one[1] for name, one in self._lease_headers.items()}
+        options: dict[str, Any] = self._defaults.copy()
         for name, text in headers:
             if name not in options:
                 raise HttpError(f"{quote(name)}: not one of the headers {', '.join(options)}")
             try:
-                options[name] = self._lease_headers[name][0](text)
+                options[name] = self._lease_headers[name](text)
             except ValueError as fault:
                 raise HttpError(f"{name}: {fault}") from fault
         return list(options.values())
@@ -1394,7 +1387,7 @@ def _query(request: Request) -> dict[str, str]:
 _JSON = json.JSONDecoder(
     object_pairs_hook=lambda members: {name.casefold(): given for name, given in members},
     parse_int=lambda digits: int(digits) if len(digits) <= 20 else float(digits),
-    parse_constant=lambda name: float(f"not JSON: {name}"),
+    parse_constant=int,  # which refuses them with a ValueError
 )
 _STRING_OR_BRACKET = re.compile(rb'"(?:[^"\\]|\\.)*+"?|[][{}]', re.DOTALL)
 _DEEPER = {b"[": 1, b"{": 1, b"]": -1, b"}": -1}
@@ -1681,8 +1674,8 @@ class Cache:
         self._storage = storage
         self._metrics = metrics
         self._clock = clock
-        self._mutex = threading.Lock()  # owns it: by itself, it gives two threads two of one key
-        self._recall = functools.lru_cache(maxsize=size)(
+        self._mutex = threading.Lock()  # owns what is remembered
+        self._lru = functools.lru_cache(maxsize=size)(
             lambda key: types.SimpleNamespace(held_until=0.0)
         )
         self.start = storage.start
@@ -1699,39 +1692,37 @@ class Cache:
         if wanted.wait or wanted.lease or len(key.encode()) > MAX_CACHED_KEY_BYTES:
             return self._storage.acquire(wanted)
         asked_at = self._clock()
-        with self._mutex:
-            held_until = self._recall(key).held_until
+        remembered = self._remembered(key)
+        held_until = remembered.held_until
         if held_until > asked_at:
             self._metrics.count("get hit")
             return None
         self._metrics.count("get expired" if held_until else "get miss")
         grant = self._storage.acquire(wanted)
-        self._set(key, asked_at + CACHE_SECONDS)  # it is held either way
+        remembered.held_until = asked_at + CACHE_SECONDS  # it is held either way
+        self._metrics.count("set update" if held_until else "set success")
         return grant
 
     def release(self, lease: int) -> list[str]:
         keys = self._storage.release(lease)
         for key in keys:
-            self._set(key, 0)
+            if len(key.encode()) <= MAX_CACHED_KEY_BYTES:
+                self._remembered(key).held_until = 0
         return keys
 
     def free(self, key: str, token: int) -> Freed:
         try:
             return self._storage.free(key, token)
         finally:  # with the lease other keys may be free
-            self._recall.cache_clear()
+            self._lru.cache_clear()
 
     def _samples(self) -> Samples:
-        info = self._recall.cache_info()
+        info = self._lru.cache_info()
         return {OPERATIONS["evict size_limit"]: info.misses - info.currsize}
 
-    def _set(self, key: str, held_until: float) -> None:
-        with self._mutex:
-            remembered = self._recall(key)
-            before = remembered.held_until
-            remembered.held_until = held_until
-        if held_until:
-            self._metrics.count("set update" if before else "set success")
+    def _remembered(self, key: str) -> types.SimpleNamespace:
+        with self._mutex:  # lru_cache alone may make two of one key for two threads
+            return self._lru(key)
 
 
 # == Storage in memory: the specification ========================================================
@@ -1849,7 +1840,7 @@ class AskedKeys:
         self._mutex = threading.Lock()  # owns the table: of two racers only one is the first
         self._hours = bytearray(1 << 16)  # by hash: the hour of the last question; 0: none
 
-    def ask(self, key: str) -> bool:
+    def note(self, key: str) -> bool:
         """Whether the key was asked for within the last hour; now it was."""
         slot = hash(key) % len(self._hours)
         hour = int(self._clock() // 3600) % 255 + 1
@@ -1916,7 +1907,7 @@ class EtcdStorage(Storage):
         operation = Operation(self._timeout)
         if not self._cluster.id:
             self._cluster.require_one(operation.deadline)
-        operation.read(self._held.ask, "")  # in our prefix, and nobody's key
+        operation.read(self._held, "")  # in our prefix, and nobody's key
 
     def acquire(self, wanted: LockRequest) -> Grant | None:
         """A read, so that a refusal writes nothing, but where nobody asked for the key lately;
@@ -1926,27 +1917,27 @@ class EtcdStorage(Storage):
         a lost race would answer keepalives for a whole ttl."""
         operation = Operation(self._timeout)
         self._cluster.require_one(operation.deadline)
-        was_asked = self._asked.ask(wanted.key)
+        was_asked = self._asked.note(wanted.key)
         if wanted.lease:
             holder = operation.read(self._gateway.find_holder, wanted.key)
             if holder and holder.lease != wanted.lease:
                 return None
             if holder:  # an earlier try of this caller has taken it
-                ttl = operation.ask(self._renewals.ask, wanted.lease)
+                ttl = operation.ask(self._renewals, wanted.lease)
                 if ttl:
                     return Grant(wanted.lease, ttl, holder.token)
-        elif was_asked and operation.read(self._held.ask, wanted.key):
+        elif was_asked and operation.read(self._held, wanted.key):
             return None
         try:
-            lease, ttl = self._grant(operation, wanted)
-            return self._claim(operation, wanted, Grant(lease, ttl, 0))
+            grant = self._grant(operation, wanted)
+            return self._claim(operation, wanted, grant)
         except Refused:  # by an etcd that is full, perhaps
-            if wanted.lease or was_asked or not operation.read(self._held.ask, wanted.key):
+            if wanted.lease or was_asked or not operation.read(self._held, wanted.key):
                 raise
             return None
 
-    def _grant(self, operation: Operation, wanted: LockRequest) -> tuple[int, int]:
-        """The lease to claim with, and its granted ttl."""
+    def _grant(self, operation: Operation, wanted: LockRequest) -> Grant:
+        """A lease to claim the key with."""
         while True:
             lease = wanted.lease or new_lease_id()
             try:
@@ -1957,7 +1948,7 @@ class EtcdStorage(Storage):
                 self._end_lease(operation, wanted, lease, wanted.ttl)
                 raise NotApplied(str(fault)) from fault
             if ttl:
-                return lease, ttl
+                return Grant(lease, ttl, 0)
 
     def _use_again(self, operation: Operation, wanted: LockRequest, lease: int) -> int:
         """The ttl of the lease, which exists by an earlier try."""
@@ -1966,7 +1957,7 @@ class EtcdStorage(Storage):
             found = operation.read(self._gateway.time_to_live, lease)
             if found and found.keys not in ([], [name]):
                 raise lease_in_use(lease)
-            ttl = operation.ask(self._renewals.ask, lease) if found else 0
+            ttl = operation.ask(self._renewals, lease) if found else 0
         except StorageError as fault:
             raise OutcomeUnknown(str(fault)) from fault
         if not ttl:
@@ -1980,7 +1971,7 @@ class EtcdStorage(Storage):
         freezes with both may, when it wakes up, take the key again after its release."""
         lease = grant.lease
         try:
-            token = operation.ask(self._claims.ask, wanted._replace(lease=lease))
+            token = operation.ask(self._claims, wanted._replace(lease=lease))
             if not token and (operation.doubt or wanted.lease):
                 token = self._find_token(operation, wanted.key, lease)
         except BaseException as fault:
@@ -1994,8 +1985,8 @@ class EtcdStorage(Storage):
         return None
 
     def _find_token(self, operation: Operation, key: str, lease: int) -> int:
-        """Whether a claim that put nothing has won all the same, by a try whose answer was lost or
-        by a copy of the request: then the token, else 0."""
+        """The token of a claim that put nothing and has won all the same, by a try whose answer was
+        lost or by a copy of the request; else 0."""
         try:
             holder = operation.read(self._gateway.find_holder, key)
         except StorageError as fault:
@@ -2003,7 +1994,7 @@ class EtcdStorage(Storage):
         return holder.token if holder and holder.lease == lease else 0
 
     def renew(self, lease: int) -> int:
-        return Operation(self._timeout).ask(self._renewals.ask, lease)
+        return Operation(self._timeout).ask(self._renewals, lease)
 
     def release(self, lease: int) -> list[str]:
         """A lease without keys, or with one outside of our prefix, is another tenant's."""
@@ -2146,11 +2137,10 @@ class Combiner(Generic[Item, Answer]):
         self._batches = collections.deque([_Batch[Item]()])
         self._batches[0].baton.release()
 
-    def ask(self, item: Item, deadline: float) -> Answer:
+    def __call__(self, item: Item, deadline: float) -> Answer:
         """The answer to this item, by `deadline` (time.monotonic). Raises StorageError."""
         entry = _Entry(item)
-        share = self._share(item)
-        batch = self._take_part(entry, share, deadline)
+        batch = self._take_part(entry, deadline)
         answer = entry.answer
         if isinstance(answer, Refused) and len(batch.entries) > 1:  # another may be to blame
             [answer] = self._call([item], deadline)
@@ -2162,25 +2152,25 @@ class Combiner(Generic[Item, Answer]):
         if entry in batch.entries:
             raise OutcomeUnknown("the call that it shared broke off, or takes too long")
         with self._mutex:
-            batch.room += share
+            batch.room += self._share(item)
         raise NotApplied("timed out behind others that wait for etcd")
 
-    def _take_part(self, entry: _Entry[Item], share: float, deadline: float) -> _Batch[Item]:
+    def _take_part(self, entry: _Entry[Item], deadline: float) -> _Batch[Item]:
         """Joins a batch, and leaves it with an answer or when the time is up."""
-        batch = self._join(entry, share)
+        batch = self._join(entry)
         has_baton = False
-        leads = False
+        hands_on = False  # whether it is for us to let the next batch start
         try:
             has_baton = batch.baton.acquire(timeout=seconds_until(deadline))
-            leads = has_baton and not batch.has_started
-            if leads:
+            if has_baton and not batch.has_started:  # only who has the baton can start it
+                hands_on = True
                 self._lead(batch, deadline)
         finally:  # makes no object and calls no function of ours: memory may have run out
             with self._mutex:
                 if not batch.has_started:  # gives up; the baton may have come this very moment
                     batch.entries.remove(entry)
-                    leads = leads or batch.baton.acquire(False)
-                if leads:
+                    hands_on = hands_on or batch.baton.acquire(False)
+                if hands_on:
                     while not self._batches[0].entries and len(self._batches) > 1:
                         self._batches.popleft()  # all of them gave up
                     self._batches[0].baton.release()
@@ -2188,7 +2178,8 @@ class Combiner(Generic[Item, Answer]):
                     batch.baton.release()
         return batch
 
-    def _join(self, entry: _Entry[Item], share: float) -> _Batch[Item]:
+    def _join(self, entry: _Entry[Item]) -> _Batch[Item]:
+        share = self._share(entry.item)
         with self._mutex:
             batch = self._batches[-1]
             if batch.entries and batch.room < share:
@@ -2312,7 +2303,7 @@ KEEP_ALIVE = Call("POST /v3/lease/keepalive", _read_ttls, doubtful=lambda ttls: 
 TIME_TO_LIVE = Call("POST /v3/lease/timetolive", _read_lease, doubtful=lambda found: not found)
 LOOK = Call("POST /v3/kv/range", lambda answer: int(answer["header"]["revision"]))
 AUTHENTICATE = Call("POST /v3/auth/authenticate", lambda answer: str(answer["token"]))
-RELEASE = Call("GET /version", lambda answer: str(answer["etcdserver"]))
+ETCD_RELEASE = Call("GET /version", lambda answer: str(answer["etcdserver"]))
 
 
 def part_of_call(size: int) -> float:
@@ -2337,8 +2328,7 @@ class Gateway:
     def are_held(self, keys: list[str], deadline: float) -> list[bool]:
         """Whether each key exists, by one linearizable read."""
         reads = {key: {"key": to_base64(KEY_PREFIX + key), "count_only": True} for key in keys}
-        answers = self._transact(HELD, "range", list(reads.values()), deadline)
-        held = dict(zip(reads, answers, strict=True))
+        held = self._transact(HELD, "range", reads, deadline)
         return [held[key] for key in keys]
 
     def find_holder(self, key: str, deadline: float) -> Holder | None:
@@ -2396,15 +2386,13 @@ class Gateway:
         where the key is held. Of two claims for one key only the first is sent, since etcd refuses
         to put a key twice. Who holds a key that was not put is read later, where it matters: as a
         branch it cost every acquire 8 %."""
-        distinct = {claim.key: claim for claim in reversed(claims)}
-        txns = []
-        for claim in distinct.values():
+        txns = {}
+        for claim in reversed(claims):
             key = to_base64(KEY_PREFIX + claim.key)
             nobody_holds_it = {"key": key, "target": "CREATE", "create_revision": 0}
             put = {"key": key, "value": to_base64(claim.value), "lease": claim.lease}
-            txns.append({"compare": [nobody_holds_it], "success": [{"request_put": put}]})
-        answers = self._transact(CLAIM, "txn", txns, deadline)
-        tokens = dict(zip(distinct, answers, strict=True))
+            txns[claim.key] = {"compare": [nobody_holds_it], "success": [{"request_put": put}]}
+        tokens = self._transact(CLAIM, "txn", txns, deadline)
         return [tokens.pop(claim.key, 0) for claim in claims]
 
     def keep_alive(self, leases: list[int], deadline: float) -> list[int | StorageError]:
@@ -2441,16 +2429,17 @@ class Gateway:
         return self._ask(DELETE, txn, deadline)
 
     def _transact(
-        self, call: Call[Answer], kind: str, operations: list[Any], deadline: float
-    ) -> list[Answer]:
+        self, call: Call[Answer], kind: str, operations: Mapping[str, Any], deadline: float
+    ) -> dict[str, Answer]:
         """What `call` reads in the answer to each of these ranges or txns, in one transaction."""
         if len(operations) == 1:  # 20 µs less than a transaction of one
-            return [self._ask(call, operations[0], deadline)]
+            return {key: self._ask(call, operations[key], deadline) for key in operations}
 
-        def read(answer: Any) -> list[Answer]:
-            return [call.read(response[f"response_{kind}"]) for response in answer["responses"]]
+        def read(answer: Any) -> dict[str, Answer]:
+            answers = zip(operations, answer["responses"], strict=True)
+            return {key: call.read(found[f"response_{kind}"]) for key, found in answers}
 
-        txn = {"success": [{f"request_{kind}": operation} for operation in operations]}
+        txn = {"success": [{f"request_{kind}": each} for each in operations.values()]}
         return self._ask(Call(CLAIM.line, read, call.writes), txn, deadline)
 
     def _ask(self, call: Call[Answer], payload: object, deadline: float) -> Answer:
@@ -2481,7 +2470,7 @@ def parse_answer(status: int, text: str, is_stream: bool = False) -> Any:
     if status == 200:
         with suppress(ValueError, RecursionError):
             answers = json.loads(f"[{','.join(lines)}]")
-    # etcd leaves out neither of the three, and one line of many may be an error.
+    # Every answer of etcd has one of these; of many lines one may be an error.
     for line, answer in zip(lines, answers, strict=False):
         is_dict = isinstance(answer, dict)
         if not is_dict or not {"header", "result", "etcdserver"} & answer.keys():
@@ -2680,8 +2669,8 @@ FORGET_LOOKS = 60  # … nor by so many looks over new connections is not known 
 class Meeting:
     """A cluster that a look has met."""
 
-    member: str = ""  # where it was met last
-    at: float = 0  # when: time.monotonic
+    member: str  # where it was met last
+    at: float  # when: time.monotonic
     missed: int = 0  # looks over new connections that have met another one since
 
 
@@ -2747,10 +2736,8 @@ class Cluster:
         was known when it was sent. Raises ForeignCluster."""
         now = monotonic()
         with self._mutex:
-            met = self._meetings.setdefault(cluster_id, Meeting())
-            met.member = member.name
-            met.at = now
-            met.missed = 0
+            met = Meeting(member.name, now)
+            self._meetings[cluster_id] = met
             if is_new:
                 self._miss_others(met)
             self._note_conflict()
@@ -2759,21 +2746,20 @@ class Cluster:
             if self.conflict and not self.id:
                 self.revision = 0  # of which of them?
             before = min(before, self.revision)  # that it went back has been told meanwhile
+            is_behind = revision < before
             # One look may be stale; two, a second apart, are not.
-            went_back = revision < before and now - member.behind_since >= LOOK_SECONDS * 0.9
-            if went_back:
-                self.revision = 0
-            if went_back or revision >= before:
-                self.note_revision(revision)
-                member.behind_since = inf
-            else:
+            went_back = is_behind and now - member.behind_since >= LOOK_SECONDS * 0.9
+            if is_behind and not went_back:
                 member.behind_since = min(member.behind_since, now)
+            else:
+                member.behind_since = inf
+                self.revision = revision if went_back else max(self.revision, revision)
         if went_back:
             text = "etcd went back: fencing tokens repeat"
             event(ERROR, text, member=member.name, revision=revision, before=before)
 
     def note_revision(self, revision: int) -> None:
-        """What our cluster has answered; one that is lost to another thread is told by a later."""
+        """What our cluster has answered; what two threads lose, a later answer repeats."""
         self.revision = max(self.revision, revision)
 
     def _miss_others(self, met: Meeting) -> None:
@@ -2881,7 +2867,7 @@ class Session:
             names = ("ca_cert_path", "client_cert_path", "client_key_path")
             self._tls = tls_context(config, ssl.Purpose.SERVER_AUTH, *names)
         self._login = Login(config.etcd_username, config.etcd_password)
-        self._usual: dict[bool, float] = {}  # seconds that a read (False), a write (True) takes
+        self._usual: dict[bool, float] = {}  # whether it writes: the seconds that a call takes
 
     def start(self) -> None:
         """Begins to look after the members."""
@@ -3047,7 +3033,7 @@ class Session:
 
     def _check_release(self, member: Member) -> None:
         """Warns of releases that renew, or read, what is stale after a freeze."""
-        release = self._try(member, RELEASE, {}, inf, self._timeout)[:40]
+        release = self._try(member, ETCD_RELEASE, {}, inf, self._timeout)[:40]
         numbers = [int(number) for number in re.findall("[0-9]{1,6}", release)]
         at_least = GOOD_RELEASES.get(tuple(numbers[:2]), 0)
         if numbers[:2] < [3, 4] or numbers[2:3] < [at_least]:
@@ -3134,16 +3120,11 @@ _STARTED_SECONDS = time.time()
 Samples = dict[str, float]  # as a page shows them: the number of each
 
 
+@functools.lru_cache(maxsize=1024)
 def sample(name: str, **labels: object) -> str:
     """A sample's name and labels, as they stand in Prometheus' text format 0.0.4."""
-    pairs = [f"{label}={json.dumps(str(value))}" for label, value in labels.items()]
-    return f"{name}{{{','.join(pairs)}}}"
-
-
-@functools.lru_cache(maxsize=1024)
-def request_sample(path: str, method: str, code: int) -> str:
-    """The sample that counts these requests."""
-    return sample(REQUESTS, path=path, method=method, code=code)
+    quoted = {label: json.dumps(str(value), ensure_ascii=False) for label, value in labels.items()}
+    return f"{name}{{{','.join(f'{label}={value}' for label, value in quoted.items())}}}"
 
 
 # Operations are counted under short names, "release success", and shown from the start.
@@ -3402,7 +3383,7 @@ def serve(config: Config) -> int:
     try:
         server = Server(config, api)
     except (OSError, UnicodeError) as fault:
-        of_host = errno.EADDRNOTAVAIL, errno.EINVAL, None  # None: a name that is none
+        of_host = errno.EADDRNOTAVAIL, errno.EINVAL, None  # None: a UnicodeError
         if isinstance(fault, socket.gaierror) or getattr(fault, "errno", None) in of_host:
             host = quote(config.server_host)
             text = f"{variable('server_host')}: not an address of this machine: {host}"

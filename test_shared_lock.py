@@ -5370,6 +5370,17 @@ def test_only_short_keys_are_remembered(
     assert (len(proxy.seen) - before < 10) == remembered
 
 
+def test_a_long_key_takes_no_place_when_it_is_released() -> None:
+    metrics = shared_lock.Metrics()
+    cache = shared_lock.Cache(shared_lock.MemoryStorage(), 2, metrics)
+
+    for number in range(5):
+        key = f"{number}".ljust(2000, "x")
+        assert cache.release(take(cache, key).lease) == [key]
+
+    assert 'evict",status="size_limit"} 0\n' in metrics.render()
+
+
 def test_the_least_recently_used_key_leaves_a_full_cache(
     start: Start, proxy: Proxy, key: str
 ) -> None:
@@ -6032,7 +6043,7 @@ class HeldCall:
 
     def first(self, item: int) -> Future[int]:
         """A caller whose call is in flight."""
-        future = self._pool.submit(self.combiner.ask, item, soon())
+        future = self._pool.submit(self.combiner, item, soon())
         eventually(lambda: self.batches == [[item]])
         return future
 
@@ -6041,7 +6052,7 @@ class HeldCall:
         futures = []
         for item in items:
             deadline = Deadline(time.monotonic() + seconds)
-            futures.append(self._pool.submit(self.combiner.ask, item, deadline))
+            futures.append(self._pool.submit(self.combiner, item, deadline))
             assert deadline.is_waited_for.wait(10)  # it has joined
         return futures
 
@@ -6059,7 +6070,7 @@ def fault_of(future: Future[Any]) -> type[BaseException] | None:
 def test_a_lone_caller_makes_its_call_in_its_own_thread(call: HeldCall) -> None:
     call.let_go()
 
-    assert call.combiner.ask(1, soon()) == 10
+    assert call.combiner(1, soon()) == 10
 
     assert (call.batches, call.threads) == ([[1]], [threading.get_ident()])
 
@@ -6127,7 +6138,7 @@ def test_a_defect_in_the_call_strands_nobody(call: HeldCall, defect: str) -> Non
 
     assert all(isinstance(future.exception(8), Exception) for future in sharing)
     call.short = False
-    assert [fault_of(behind), call.combiner.ask(6, soon())] == [None, 60]
+    assert [fault_of(behind), call.combiner(6, soon())] == [None, 60]
 
 
 def test_who_times_out_in_the_queue_was_never_asked_for(call: HeldCall) -> None:
@@ -6184,7 +6195,7 @@ def test_under_load_every_caller_gets_the_answer_to_its_own_item(pool: Pool) -> 
     def ask(caller: int) -> None:
         for item in range(caller * 1000 + 1, caller * 1000 + 101):
             try:
-                assert combiner.ask(item, time.monotonic() + 20) == -item
+                assert combiner(item, time.monotonic() + 20) == -item
             except shared_lock.StorageError as fault:
                 assert item % 89 == 0 and str(fault) == str(item)
 
@@ -6247,7 +6258,7 @@ class OutOfMemory:
     def ask(self, combiner: shared_lock.Combiner[int, int], item: int, deadline: float) -> int:
         sys.settrace(self)
         try:
-            return combiner.ask(item, deadline)
+            return combiner(item, deadline)
         finally:
             sys.settrace(None)
 
@@ -6276,7 +6287,7 @@ def test_out_of_memory_in_whichever_line_poisons_nothing(
         assert fault_of(victim) in (None, MemoryError, shared_lock.NotApplied)
         for future in others:  # who shared a call with it may not know, and nobody is stranded
             assert fault_of(future) in (None, shared_lock.OutcomeUnknown)
-        later = [pool.submit(call.combiner.ask, item, soon()) for item in (7, 8, 9)]
+        later = [pool.submit(call.combiner, item, soon()) for item in (7, 8, 9)]
         assert [future.result(10) for future in later] == [70, 80, 90]
         if memory.left > 0:
             break
@@ -6417,7 +6428,8 @@ def test_a_try_may_take_as_long_as_three_calls_took_lately(
 
     def last_share(*durations: float, call: shared_lock.Call[Any] = shared_lock.HELD) -> Any:
         nonlocal took
-        for took in durations:
+        for duration in durations:
+            took = duration
             session.post(call, json={}, deadline=math.inf)
         return pytest.approx(shares[-1], rel=0.01)
 
