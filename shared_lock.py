@@ -1332,7 +1332,7 @@ class Api:
 
     def show_metrics(self, request: Request) -> Response:
         """GET /metrics"""
-        return Response(200, self._metrics.render().encode(), PROMETHEUS_TEXT)
+        return Response(200, self._metrics.render().encode(errors="replace"), PROMETHEUS_TEXT)
 
 
 def _precondition(

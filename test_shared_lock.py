@@ -1122,6 +1122,13 @@ def test_probes_of_a_tls_port_that_simply_close_leave_no_line_in_the_debug_log(
 # == Words: durations, settings ==================================================================
 
 
+def test_a_timeout_is_never_none_and_never_longer_than_a_poll_can_count() -> None:
+    past, far, never = time.monotonic() - 1, time.monotonic() + 9e9, math.inf
+
+    for deadline in (past, far, never):
+        assert 0 < shared_lock.seconds_until(deadline) < (1 << 31) / 1000
+
+
 def test_a_duration_that_is_long_is_refused_without_delay() -> None:
     refuse = "import shared_lock\n"
     refuse += "try: shared_lock.parse_duration('1' * 10**6 + 'x')\nexcept ValueError: exit(7)"
@@ -7673,6 +7680,13 @@ def test_a_log_in_that_hangs_costs_no_caller_more_than_its_budget(
 
 
 # == Readiness and metrics =======================================================================
+
+
+def test_what_is_no_ascii_in_a_label_is_shown_as_it_is(start: Start) -> None:
+    daemon = start("http://b\u00fccher.invalid:2379")
+
+    member = 'member="http://b\u00fccher.invalid:2379"'
+    eventually(lambda: member in daemon.request("GET", "/metrics").text)
 
 
 def test_it_starts_without_etcd_and_readiness_follows_etcd_while_health_does_not(
