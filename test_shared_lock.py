@@ -7278,6 +7278,32 @@ def test_what_a_write_was_answered_counts_for_the_next_look() -> None:
     assert met.cluster.revision == 9
 
 
+def test_what_was_written_while_slow_looks_were_on_their_way_is_no_alarm(
+    jump: Callable[[float], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    session = session_of(1)
+    [member] = session.cluster.members
+    near, far = socket.socketpair()
+    member.give_back(shared_lock.Link(near, member))
+
+    def answer(*_: object) -> tuple[int, str]:
+        seen = session.cluster.revision
+        session.cluster.note_revision(seen + 7)  # another's write
+        jump(1.4)
+        return 200, f'{{"header": {{"cluster_id": "1", "revision": "{seen}"}}}}'
+
+    monkeypatch.setattr(shared_lock.Link, "ask", answer)
+    for _ in range(5):
+        session.post(shared_lock.LOOK, json={}, deadline=math.inf)
+
+    assert session.cluster.revision == 5 * 7
+    assert "etcd went back" not in capfd.readouterr().err
+    near.close()
+    far.close()
+
+
 def test_that_an_unchosen_cluster_has_fewer_revisions_than_another_is_no_alarm(
     jump: Callable[[float], None], capfd: pytest.CaptureFixture[str]
 ) -> None:
