@@ -7705,6 +7705,44 @@ def test_a_log_in_that_hangs_costs_no_caller_more_than_its_budget(
     proxy.close()
 
 
+def test_one_log_in_serves_all_and_a_refusal_stands_for_a_second(
+    jump: Callable[[float], None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    login = shared_lock.Login("user", "password")
+    answers: list[str | shared_lock.StorageError] = []
+
+    def log_in() -> str:
+        answer = answers.pop(0)
+        if isinstance(answer, shared_lock.StorageError):
+            raise answer
+        return answer
+
+    def renew(used: str) -> tuple[str, str, bool]:
+        """What is raised after who used this header has asked for a log-in."""
+        fault = login.renew(used, log_in, shared_lock.deadline_after(1))
+        return type(fault).__name__, str(fault), fault.sick
+
+    answers[:] = [shared_lock.Refused("wrong password")] * 2 + ["one", "two"]
+    refused = ("Refused", "wrong password", False)
+    again = ("NotApplied", "logged in again", False)
+    assert [renew(""), renew("")] == [refused] * 2
+    assert len(answers) == 3
+    for told in (refused, again):
+        jump(1.1)
+        assert renew("") == told
+    first = login.header
+    assert first == "Authorization: one\r\n"
+    assert capfd.readouterr().err.count("log-in refused") == 1
+
+    assert renew("") == again  # another has logged in meanwhile
+    assert answers == ["two"]
+    assert renew(first) == again
+    assert login.header == "Authorization: two\r\n"
+
+    answers[:] = [shared_lock.OutcomeUnknown("away", sick=False)]
+    assert renew(login.header) == ("NotApplied", "away", False)
+
+
 # == Readiness and metrics =======================================================================
 
 
