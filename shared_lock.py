@@ -103,8 +103,8 @@ class Log:
         self.dropped = 0  # lines that nobody read in time, since the start
         self._told = 0  # of them, those that a later line has told
         self._tallies: dict[str, dict[str, Any]] = {}  # by event, what to show of those not told
-        self._due: dict[str, float] = {}  # when each may be told again
         self._mutex = threading.Lock()  # owns all above, and the room that poll saw in the pipe
+        self._due: dict[str, float] = {}  # when each may be told again: the main loop's
         self._poll = select.poll()  # select.select() takes 72 KiB of each thread's stack, for good
         self._poll.register(2, select.POLLOUT)
 
@@ -545,14 +545,14 @@ class Renewed(Generic[Item]):
         self._again_at = monotonic() + 1  # when to read them once more
         self._has_failed = False
         self._mutex = threading.Lock()  # owns all but _read and _paths
-        self._seen = self._look()  # before the files are read: a change in between is seen later
+        self._seen = self._stats()  # before the files are read: a change in between is seen later
         self._current = read()
 
     def get(self) -> Item:
         """What the files hold now, or held when they could last be used."""
         now = monotonic()
         with self._mutex:
-            seen = self._look()
+            seen = self._stats()
             is_news = seen != self._seen
             if is_news or now >= self._again_at:
                 self._seen = seen
@@ -571,7 +571,7 @@ class Renewed(Generic[Item]):
                     self._has_failed = False
             return self._current
 
-    def _look(self) -> object:
+    def _stats(self) -> object:
         try:
             stats = [os.stat(path) for path in self._paths]
         except OSError:  # one is missing
@@ -736,7 +736,7 @@ class Wire:
 
     def receive(self, deadline: float) -> None:
         """Waits for some more bytes."""
-        self._heed(deadline, socket.SO_RCVTIMEO)
+        self._set_timeout(deadline, socket.SO_RCVTIMEO)
         try:
             data = self.sock.recv(_RECEIVE_BYTES)
         except BlockingIOError as fault:  # how the option says it
@@ -749,13 +749,13 @@ class Wire:
         """Sends all of it."""
         rest = memoryview(data)  # a slice of it is no copy
         while rest:
-            self._heed(deadline, socket.SO_SNDTIMEO)
+            self._set_timeout(deadline, socket.SO_SNDTIMEO)
             try:
                 rest = rest[self.sock.send(rest) :]
             except BlockingIOError as fault:
                 raise TimeoutError("timed out") from fault
 
-    def _heed(self, deadline: float, option: int) -> None:
+    def _set_timeout(self, deadline: float, option: int) -> None:
         """Makes the next recv or send end at the deadline: by the option, since settimeout() adds a
         poll() to each; TLS heeds nothing else."""
         if deadline <= monotonic():
@@ -817,7 +817,7 @@ class Response(NamedTuple):
     undo: Callable[[], object] = lambda: None  # called if nobody can be told
 
 
-def error(fault: HttpError) -> Response:
+def error_response(fault: HttpError) -> Response:
     """The answer that says what is wrong."""
     line = f"{fault}\n".encode("utf-8", "backslashreplace")
     return Response(fault.status, line, TEXT, fault.headers)
@@ -978,6 +978,7 @@ class Connection(socketserver.BaseRequestHandler):
             if buffer:
                 del buffer[0]
             else:
+                # A stop leaves a moment to what comes late, too.
                 stops_at = max(self.server.silent_until, monotonic() + 0.05)
                 self.wire.receive(min(deadline, stops_at))
         self.doing = "reading a request"
@@ -1003,7 +1004,7 @@ class Connection(socketserver.BaseRequestHandler):
         unread would destroy the answer."""
         event(DEBUG, "request refused", client=self.client, status=fault.status, reason=fault)
         self.server.api.count(self.head, fault.status)
-        self._send(render(error(fault), self.head, keep_alive=False))
+        self._send(render(error_response(fault), self.head, keep_alive=False))
         self.shutdown(socket.SHUT_WR)
         self.doing = ""
         deadline = monotonic() + REFUSAL_SECONDS
@@ -1185,15 +1186,15 @@ class Api:
         try:
             response = self._handler(head)(request)
         except HttpError as fault:
-            response = error(fault)
+            response = error_response(fault)
         except StorageError as fault:
-            response = error(HttpError(f"storage failed: {fault}", 500))
+            response = error_response(HttpError(f"storage failed: {fault}", 500))
         except EOFError:
             raise
         except Exception:  # a defect; the caller deserves an answer all the same
             log_defect(path=head.path)
             text = "outcome unknown: internal error: see the log of shared-lock"
-            response = error(HttpError(text, 500))
+            response = error_response(HttpError(text, 500))
         shown = {"client": request.client, "method": head.method, "path": head.path}
         event(DEBUG, "request", status=response.status, **shown)
         return response
@@ -1256,7 +1257,7 @@ class Api:
         lease = read_lease(request)
         ttl = self.service.renew(lease, request.client)
         if not ttl:
-            return _gone(lease, request)
+            return _answer_gone(lease, request)
         return Response(200, headers=(("x-lease-ttl", f"{ttl}s"),))
 
     def release(self, request: Request) -> Response:
@@ -1265,7 +1266,7 @@ class Api:
             return self.free(request)
         lease = read_lease(request)
         if not self.service.release(lease, request.client):
-            return _gone(lease, request)
+            return _answer_gone(lease, request)
         return Response(200)
 
     def free(self, request: Request) -> Response:
@@ -1348,7 +1349,7 @@ def _precondition(
     return given
 
 
-def _gone(lease: int, request: Request) -> Response:
+def _answer_gone(lease: int, request: Request) -> Response:
     if "if-match" in request.head.headers:
         raise HttpError(f"lease: gone: {lease}", 412)
     return Response(204)
@@ -1907,7 +1908,7 @@ class EtcdStorage(Storage):
         operation = Operation(self._timeout)
         if not self._cluster.id:
             self._cluster.require_one(operation.deadline)
-        operation.read(self._held, "")  # in our prefix, and nobody's key
+        operation.read(self._held, "")  # NOBODYS_KEY
 
     def acquire(self, wanted: LockRequest) -> Grant | None:
         """A read, so that a refusal writes nothing, but where nobody asked for the key lately;
@@ -2520,7 +2521,7 @@ class Link:
     def __init__(self, sock: socket.socket, member: Member) -> None:
         self.member = member
         self.cluster = ""  # the ID of the cluster it leads to
-        self.is_open = True
+        self.is_reusable = True
         self.is_kept = False  # it was idle before it was asked
         self.idle_since = inf  # time.monotonic
         self.poll = select.poll()  # tells that it was closed, or that something was said unasked
@@ -2528,7 +2529,7 @@ class Link:
         self._wire = Wire(sock)
 
     def close(self) -> None:
-        self.is_open = False
+        self.is_reusable = False
         self._wire.sock.close()
 
     def ask(self, head: str, body: bytes, deadline: float, max_bytes: int) -> tuple[int, str]:
@@ -2536,7 +2537,7 @@ class Link:
         StorageError."""
         wire = self._wire
         request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
-        self.is_open = False  # to others, before its answer is read whole
+        self.is_reusable = False  # before its answer is read whole
         try:
             wire.send(request, deadline)
             data = wire.until(HEAD_END, deadline)
@@ -2544,7 +2545,7 @@ class Link:
             text = wire.body(body_length(headers, max_bytes), max_bytes, deadline).decode()
         except (OSError, EOFError, HttpError, ValueError) as fault:
             raise self._broken(fault) from fault
-        self.is_open = status == 200 and not wire.buffer and "connection" not in headers
+        self.is_reusable = status == 200 and not wire.buffer and "connection" not in headers
         if status == http.HTTPStatus.REQUEST_TIMEOUT and self.is_kept:  # before it was asked
             raise OutcomeUnknown("it gave up the idle connection", sick=False)
 
@@ -2610,7 +2611,7 @@ class Member:
 
     def give_back(self, link: Link, at_most: int = MAX_IDLE) -> None:
         """Keeps a connection that can still be used, unless so many are kept already."""
-        if link.is_open and len(self._idle) < at_most:
+        if link.is_reusable and len(self._idle) < at_most:
             link.idle_since = monotonic()
             self._idle.append(link)
         else:
@@ -2903,8 +2904,7 @@ class Session:
         What the call finds doubtful is only believed after a linearizable read over the same
         connection: a member that was frozen says for some milliseconds that leases are gone which
         are alive."""
-        share_ends = monotonic() + share
-        until = min(share_ends, deadline)
+        until = min(monotonic() + share, deadline)
         login = self._login.header
         try:
             link = self._take_link(member, until, anew)
@@ -2919,7 +2919,7 @@ class Session:
             finally:
                 member.give_back(link, 1 if anew else MAX_IDLE)  # not one for each look
         except StorageError as fault:
-            raise self._judge(member, fault, login, until, share_ends) from fault
+            raise self._judge(member, fault, login, until, deadline) from fault
         self.cluster.mark_well(member)
         return found
 
@@ -2974,7 +2974,7 @@ class Session:
         return found
 
     def _judge(
-        self, member: Member, fault: StorageError, login: str, until: float, share_ends: float
+        self, member: Member, fault: StorageError, login: str, until: float, deadline: float
     ) -> StorageError:
         """What a try that failed says of the member, and whether a log-in helps: the error to
         raise, which names the member."""
@@ -2982,9 +2982,7 @@ class Session:
         if self._login.is_wanted_after(fault):
             log_in = functools.partial(self._log_in, member, until)
             verdict = self._login.renew(login, log_in, until)
-        # By the caller's own deadline: that says nothing about the member.
-        was_cut_short = until < share_ends and monotonic() >= until
-        if verdict.sick and not was_cut_short:
+        if verdict.sick and monotonic() < deadline:  # that of the caller tells nothing of a member
             self.cluster.mark_sick(member, verdict)
         return type(verdict)(f"{member.name}: {verdict}", verdict.sick, verdict.code)
 

@@ -6462,7 +6462,7 @@ def test_what_was_never_sent_was_not_applied_and_gives_no_member_a_bad_name() ->
     with pytest.raises(shared_lock.NotApplied, match="no time was left"):
         session.post(shared_lock.REVOKE, json={"ID": 1}, deadline=time.monotonic() - 1)
 
-    assert link.is_open
+    assert link.is_reusable
     assert member.fault is None
     link.close()
     assert far.recv(1) == b""
@@ -7018,7 +7018,7 @@ def test_a_connection_that_breaks_is_the_members_fault_unless_it_had_idled(
         link.ask("GET / HTTP/1.1\r\n", b"", soon(), 100)
 
     assert fault.value.sick is is_sick
-    assert idle.is_open is is_sick  # those of the same age have ended, too
+    assert idle.is_reusable is is_sick  # those of the same age have ended, too
     for sock in (near, far):
         sock.close()
     idle.close()
@@ -7036,7 +7036,7 @@ def test_an_answer_that_ends_its_connection_or_failed_leaves_no_connection_to_ke
 
         status, text = link.ask("GET / HTTP/1.1\r\n", b"", soon(), 100)
 
-        assert (status, text, link.is_open) == (int(head[:3]), "{}", stays)
+        assert (status, text, link.is_reusable) == (int(head[:3]), "{}", stays)
         link.close()
         far.close()
 
@@ -7049,7 +7049,7 @@ def test_of_connections_that_were_opened_for_looks_one_is_kept() -> None:
     for link in links:
         member.give_back(link, 1)
 
-    assert [link.is_open for link in links] == [True, False, False]
+    assert [link.is_reusable for link in links] == [True, False, False]
     for sock in itertools.chain.from_iterable(pairs):
         sock.close()
 
@@ -7183,7 +7183,7 @@ def test_the_kept_connections_of_a_member_that_fails_are_closed() -> None:
 
     met.cluster.mark_sick(met.member, shared_lock.StorageError("away"))
 
-    assert not link.is_open
+    assert not link.is_reusable
     assert met.member.take_idle("") is None
     far.close()
 
@@ -7326,7 +7326,7 @@ def test_a_kept_connection_to_another_cluster_is_never_used_again() -> None:
     met.member.give_back(link)
 
     assert met.member.take_idle("1") is None
-    assert not link.is_open
+    assert not link.is_reusable
     far.close()
 
 
@@ -7352,7 +7352,7 @@ def test_kept_connections_that_nobody_uses_any_more_are_closed() -> None:
 
     member.hang_up(unused_since=2)
 
-    assert [link.is_open for link in links] == [False, False, True]
+    assert [link.is_reusable for link in links] == [False, False, True]
     assert member.take_idle("") is links[2]
     assert member.take_idle("") is None
     for near, far in pairs:
