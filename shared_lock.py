@@ -1526,7 +1526,8 @@ class LockService:
         freed = self._ask("release", self.storage.free, key, token, key=key, client=client)
         done = freed in (Freed.FREED, Freed.LEASE_LIVES)
         self._metrics.count("release success" if done else "release failure")
-        event(INFO, "freed", key=key, token=token, outcome=freed.value, client=client)
+        name = "freed" if done else "not freed"
+        event(INFO, name, key=key, token=token, outcome=freed.value, client=client)
         return freed
 
     def take_back(self, wanted: LockRequest, lease: int) -> None:

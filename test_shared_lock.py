@@ -3768,6 +3768,22 @@ def test_a_holder_with_another_token_is_left_alone(
     assert daemon.token(key) == holder.token
 
 
+def test_the_log_tells_what_became_of_a_key_that_was_to_be_freed(start: Start, key: str) -> None:
+    daemon = start("mock")
+    token = daemon.acquire(key).headers["x-fencing-token"]
+
+    for match in ("4711", token, token):
+        free_lock(daemon, key, f'"{match}"')
+
+    told = eventually(lambda: len(found := events(daemon, "freed", "not freed")) == 3 and found)
+    assert {line["key"] for line in told} == {key}
+    assert [(line["event"], line["token"], line["outcome"]) for line in told] == [
+        ("not freed", "4711", "other holder"),
+        ("freed", token, "freed"),
+        ("not freed", token, "nothing"),
+    ]
+
+
 def test_a_free_key_is_204_to_who_frees_it(daemon: Daemon, key: str) -> None:
     lease = daemon.acquire(key)
     daemon.release(lease.text)
