@@ -7320,6 +7320,31 @@ def test_what_was_written_while_slow_looks_were_on_their_way_is_no_alarm(
     far.close()
 
 
+def test_a_connection_that_answers_for_two_clusters_is_told_and_never_used_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    session = session_of(1)
+    [member] = session.cluster.members
+    near, far = socket.socketpair()
+    link = shared_lock.Link(near, member)
+    member.give_back(link)
+    answers = iter("112")
+
+    def answer(*_: object) -> tuple[int, str]:
+        return 200, f'{{"header": {{"cluster_id": "{next(answers)}", "revision": "1"}}}}'
+
+    monkeypatch.setattr(shared_lock.Link, "ask", answer)
+    for call in (shared_lock.LOOK, shared_lock.HELD):
+        session.post(call, json={}, deadline=math.inf)
+    with pytest.raises(shared_lock.OutcomeUnknown, match="it answers for another cluster, too, 2"):
+        session.post(shared_lock.REVOKE, json={}, deadline=math.inf)
+
+    assert "cluster 1" in session.cluster.conflict
+    assert "cluster 2" in session.cluster.conflict
+    assert not link.is_reusable
+    far.close()
+
+
 def test_that_an_unchosen_cluster_has_fewer_revisions_than_another_is_no_alarm(
     jump: Callable[[float], None], capfd: pytest.CaptureFixture[str]
 ) -> None:
