@@ -6938,6 +6938,20 @@ def test_of_the_connections_that_were_made_to_look_few_stay_open(
     assert eventually(lambda: daemon.descriptors() <= without_etcd + 4)
 
 
+def test_after_the_first_looks_nothing_waits_and_later_ones_go_over_a_kept_connection(
+    proxy: Proxy, start: Start, key: str
+) -> None:
+    daemon = start(proxy.url, ETCD_TIMEOUT="200s")  # half of it would be too long for this test
+    assert daemon.acquire(key).status == 201
+    opened = len(proxy.first)
+    looks = proxy.looked.count((Proxy.LOOK, ""))
+
+    eventually(lambda: proxy.looked.count((Proxy.LOOK, "")) >= looks + 4)  # one a second
+
+    assert len(proxy.first) <= opened + 1
+    assert daemon.acquire(f"{key}-2").status == 201
+
+
 def test_first_looks_that_break_off_are_made_once_more(
     own_etcd: Etcd, start: Start, key: str
 ) -> None:
