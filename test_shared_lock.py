@@ -7359,6 +7359,31 @@ def test_a_connection_that_answers_for_two_clusters_is_told_and_never_used_again
     far.close()
 
 
+def test_looks_over_a_kept_connection_do_not_let_another_cluster_be_forgotten(
+    jump: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = session_of(1)
+    [member] = session.cluster.members
+    near, far = socket.socketpair()
+    member.give_back(shared_lock.Link(near, member))
+
+    def answer(*_: object) -> tuple[int, str]:
+        jump(1)
+        return 200, '{"header": {"cluster_id": "1", "revision": "1"}}'
+
+    monkeypatch.setattr(shared_lock.Link, "ask", answer)
+    session.post(shared_lock.LOOK, json={}, deadline=math.inf)
+    session.cluster.bind("1")
+    with pytest.raises(shared_lock.ForeignCluster):
+        session.cluster.note_look(member, "2", 1, 0, True)
+    for _ in range(200):
+        session.post(shared_lock.LOOK, json={}, deadline=math.inf)
+
+    assert session.cluster.conflict
+    near.close()
+    far.close()
+
+
 def test_that_an_unchosen_cluster_has_fewer_revisions_than_another_is_no_alarm(
     jump: Callable[[float], None], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -7560,6 +7585,13 @@ def test_an_address_that_a_name_no_longer_has_is_left(
         names.tell(m="127.0.0.1")  # the old one is well, and nothing fails
 
         eventually(lambda: is_left(old, daemon, key), 20)
+        eventually(lambda: nobody_looks_at(old))
+
+
+def nobody_looks_at(old: Proxy) -> bool:
+    looked = len(old.looked)
+    time.sleep(1.5)  # longer than between two looks
+    return len(old.looked) == looked
 
 
 def is_left(old: Proxy, daemon: Daemon, key: str) -> bool:
