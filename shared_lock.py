@@ -287,15 +287,17 @@ class Address(NamedTuple):
 OWN_SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL}
 
 
+LONGEST_TIMEOUT = 10**6  # seconds; poll() counts its milliseconds in 31 bits
+
+
 def deadline_after(timeout: float) -> float:
     """When a timeout that begins now ends (time.monotonic); 0 is none."""
     return monotonic() + timeout if timeout else inf
 
 
 def seconds_until(deadline: float) -> float:
-    """As a timeout: none is 0, which some calls take for no limit, or longer than poll() counts
-    (2^31 ms)."""
-    return min(max(0.001, deadline - monotonic()), 10**6)
+    """As a timeout; none is 0, which some calls take for no limit."""
+    return min(max(0.001, deadline - monotonic()), LONGEST_TIMEOUT)
 
 
 def reason(fault: BaseException) -> str:
@@ -758,15 +760,15 @@ class Wire:
     def _set_timeout(self, deadline: float, option: int) -> None:
         """Makes the next recv or send end at the deadline: by the option, since settimeout() adds a
         poll() to each; TLS heeds nothing else."""
-        if deadline <= monotonic():
+        left = min(deadline - monotonic(), LONGEST_TIMEOUT)
+        if left <= 0:
             raise TimeoutError("timed out")
-        left = seconds_until(deadline)
         # One that is a little too long is kept: nearly every call is spared a system call.
         is_near = left <= self._timeouts[option] <= left * 1.02
         if isinstance(self.sock, ssl.SSLSocket):
             self.sock.settimeout(left)
         elif not is_near:
-            timeval = struct.pack(_TIMEVAL, *divmod(int(left * 1e6), 10**6))
+            timeval = struct.pack(_TIMEVAL, *divmod(max(1, int(left * 1e6)), 10**6))
             self.sock.setsockopt(socket.SOL_SOCKET, option, timeval)
             self._timeouts[option] = left
 
