@@ -3399,6 +3399,8 @@ def serve(config: Config) -> int:
     event(INFO, "stopping")
     server.stop(config.server_shutdown_timeout)
     event(INFO, "stopped")
+    for number in STOP_SIGNALS:  # else the interpreter's end would let a second one kill it
+        signal.signal(number, signal.SIG_IGN)
     return 0
 
 

@@ -8715,6 +8715,27 @@ def test_under_nohup_it_outlives_its_terminal(start: Start) -> None:
     assert daemon.stop() == 0
 
 
+# A change: the interpreter's end takes a while.
+ENDS_SLOWLY = """
+class Late:
+    def __del__(self, write=__import__("os").write, sleep=__import__("time").sleep):
+        write(2, b"ending\\n")
+        sleep(1)
+shared_lock.late = Late()"""
+
+
+def test_a_second_signal_that_comes_while_the_interpreter_ends_changes_no_status(
+    start: Start,
+) -> None:
+    daemon = start("mock", command=changed(after=ENDS_SLOWLY))
+
+    daemon.process.terminate()
+    eventually(lambda: "ending" in daemon.log())
+    daemon.process.terminate()
+
+    assert daemon.process.wait(10) == 0
+
+
 def test_a_signal_that_another_thread_receives_stops_it_as_well(start: Start) -> None:
     daemon = start("mock")
     pid = daemon.process.pid
