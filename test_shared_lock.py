@@ -6952,6 +6952,20 @@ def test_after_the_first_looks_nothing_waits_and_later_ones_go_over_a_kept_conne
     assert daemon.acquire(f"{key}-2").status == 201
 
 
+def test_a_release_of_etcd_that_cannot_be_asked_makes_no_member_sick_for_good(
+    own_etcd: Etcd, start: Start, key: str
+) -> None:
+    with contextlib.closing(Proxy(own_etcd)) as proxy:
+        proxy.rule = ("/version", "503", 10**6)
+        daemon = start(proxy.url)
+        eventually(lambda: proxy.looked.count((Proxy.LOOK, "")) >= 16 + 8)  # and looks go on
+
+        assert len(proxy.first) <= 8 + 2
+        assert [path for path, _ in proxy.looked].count("/version") == 1
+        assert daemon.acquire(key).status == 201
+        assert of_member(daemon, MEMBER_UP, proxy.url) == 1
+
+
 def test_first_looks_that_break_off_are_made_once_more(
     own_etcd: Etcd, start: Start, key: str
 ) -> None:
