@@ -285,8 +285,6 @@ class Address(NamedTuple):
 
 # What our own process lacks, descriptors, memory or ports, and nobody else is to blame for.
 OWN_SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL}
-
-
 LONGEST_TIMEOUT = 10**6  # seconds; poll() counts its milliseconds in 31 bits
 
 
@@ -419,6 +417,15 @@ def endpoints(text: str) -> tuple[Address, ...]:
     return tuple(addresses)
 
 
+def with_scheme(addresses: Iterable[Address], tls: bool) -> tuple[Address, ...]:
+    """The same, where those without a scheme follow ETCD_TLS. Raises ConfigError."""
+    for address in addresses:
+        if tls and address.tls is False:
+            text = "not https://, or without a scheme, as SHARED_LOCK_ETCD_TLS=true wants it"
+            raise ConfigError(f"{variable('etcd_addr_list')}: {text}: {quote(address.url())}")
+    return tuple(address._replace(tls=tls or address.tls is True) for address in addresses)
+
+
 def variable(name: str) -> str:
     """The environment variable of this field of Config."""
     return "SHARED_LOCK_" + name.upper()
@@ -500,16 +507,10 @@ class Config:
             needed = one.metadata["needs"]
             if needed and given[one.name] and not given[needed]:
                 raise ConfigError(f"{variable(needed)}: empty, but {variable(one.name)} needs it")
-        tls = given["etcd_tls"]
-        addresses = given["etcd_addr_list"]
-        if not tls:  # the defaults of its files are for ETCD_TLS alone
+        if not given["etcd_tls"]:  # the defaults of its files are for it alone
             files = ("ca_cert_path", "client_cert_path", "client_key_path")
             given |= {name: "" for name in files if variable(name) not in env}
-        for one in addresses:
-            if tls and one.tls is False:
-                text = "not https://, or without a scheme, as SHARED_LOCK_ETCD_TLS=true wants it"
-                raise ConfigError(f"{variable('etcd_addr_list')}: {text}: {quote(one.url())}")
-        given["etcd_addr_list"] = tuple(one._replace(tls=tls or bool(one.tls)) for one in addresses)
+        given["etcd_addr_list"] = with_scheme(given["etcd_addr_list"], given["etcd_tls"])
         return cls(**given)
 
     def unused_files(self) -> list[str]:
@@ -1149,7 +1150,6 @@ MAX_LIST_BYTES = 256 << 10  # of a page; control characters are six times as lon
 MAX_PARAMETERS = 8  # of a query
 MAX_DEPTH = 100  # of a JSON body: CPython keeps up to 8 MiB of stack for a deeper one
 PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
-
 Handler = Callable[[Request], Response]
 
 
