@@ -2739,6 +2739,21 @@ def test_a_file_that_is_read_once_more_is_told_only_where_it_has_changed(
     assert capfd.readouterr().err.count("files renewed") == 2
 
 
+@pytest.mark.usefixtures("jump")
+def test_a_file_that_is_emptied_and_filled_within_one_tick_is_noticed_at_once(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "tokens"
+    file.write_text("")
+    emptied = file.stat()
+    renewed = shared_lock.Renewed(file.read_text, str(file))
+
+    file.write_text("new")
+    os.utime(file, ns=(emptied.st_atime_ns, emptied.st_mtime_ns))
+
+    assert renewed.get() == "new"
+
+
 def as_ordinary_user() -> list[str]:
     """The daemon's command, without root's right to read every file."""
     rights = "-dac_override,-dac_read_search"
@@ -7279,6 +7294,19 @@ def test_that_etcd_went_back_is_told_once_however_often_it_is_looked_at(
         met.cluster.note_look(other, "1", 5, 9, False)
 
     assert told.count("etcd went back") == 1
+    assert "etcd went back" not in capfd.readouterr().err
+
+
+def test_two_stale_looks_with_a_good_one_between_them_are_no_alarm(
+    jump: Callable[[float], None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    met = Met()
+
+    for revision in (9, 5, 9, 5, 9):
+        met.look("1", revision, at_least=met.cluster.revision, new=False)
+        jump(100)
+
+    assert met.cluster.revision == 9
     assert "etcd went back" not in capfd.readouterr().err
 
 
