@@ -6433,8 +6433,9 @@ def test_a_slow_etcd_is_not_a_sick_one(cluster: Cluster, start: Start, key: str)
             between.rule = (Proxy.ALL, "late", 10**6)
         daemon = start(",".join(between.url for between in slow))
 
-        eventually(lambda: daemon.acquire(f"{key}-first").status == 201, 30)  # and begins to know
-        statuses = [daemon.acquire(f"{key}-{number}").status for number in range(3)]
+        # It begins to know. Later tests of this cluster wait until no lease is left.
+        eventually(lambda: daemon.acquire(f"{key}-first", "10s").status == 201, 30)
+        statuses = [daemon.acquire(f"{key}-{number}", "10s").status for number in range(3)]
 
         assert statuses == [201] * 3
         assert [of_member(daemon, MEMBER_UP, between.url) for between in slow] == [1] * 3
